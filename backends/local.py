@@ -1,0 +1,277 @@
+"""A local open_clip model, seen through a wall: the black box that costs nothing.
+
+It answers what its access level allows and nothing else, under any limits that one wants to
+rehearse: images and texts per request, rounding, top-k, the kind of scores, noise. The model lives
+in a closure; the object has no attribute that leads to a weight, and an answer is plain numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, softmax
+
+from blackbox_vlm.backend import (
+    Access,
+    Answer,
+    Array,
+    Capabilities,
+    ImageEmbeddings,
+    Labels,
+    PromptScores,
+    Request,
+    ScoreKind,
+    SoftPrompts,
+    TextEmbeddings,
+    TextScores,
+    query_key,
+)
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import Image
+
+if TYPE_CHECKING:
+    from .dual_encoder import DualEncoder
+
+CONTEXT_TOKENS = 4  # "a photo of a", as in CraFT's public code
+REQUESTS_PER_BATCH = 64  # a whole population is encoded together
+IMAGES_AT_ONCE = 256  # decoded at the same time; bounds memory
+
+Floats = NDArray[np.float32]
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+@dataclass(frozen=True, slots=True)
+class Restrictions:
+    """What a rehearsed endpoint would withhold. None and 0 withhold nothing."""
+
+    score_kind: ScoreKind = ScoreKind.LOGITS
+    images_per_request: int | None = None
+    texts_per_request: int | None = None
+    decimals: int | None = None
+    top_k: int | None = None
+    noise: float = 0.0  # standard deviation added to the logits, the same for the same request
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_request", "texts_per_request", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; wanted at least 1, or leave it out")
+        if self.decimals is not None and not 0 <= self.decimals <= 9:
+            raise InputError(f"decimals is {self.decimals}; wanted 0 to 9, or leave it out")
+        if not 0 <= self.noise < float("inf"):
+            raise InputError(f"noise is {self.noise}; wanted a standard deviation of 0 or more")
+
+
+class LocalBlackBox:
+    """An open_clip model behind the seam. See `blackbox_vlm.backend.Backend`.
+
+    Args:
+        model: "nano" (the embedded model), an open_clip name such as "ViT-B-32", "hf-hub:...", or
+            a folder in open_clip's format.
+        pretrained: the tag of the weights, e.g. "openai", for open_clip names.
+        device: "auto", "cpu" or "cuda".
+        access: "soft", "embeddings", "scores" or "label".
+        restrictions: any field of `Restrictions`, by name.
+
+    Raises:
+        InputError: unknown model, access or restriction, or weights that cannot be had.
+    """
+
+    __slots__ = ("_answer", "capabilities")
+
+    def __init__(
+        self,
+        *,
+        model: str = "nano",
+        pretrained: str | None = None,
+        device: str = "auto",
+        access: str = "soft",
+        **restrictions: Any,
+    ) -> None:
+        level = _choice(Access, access, "access")
+        limits = _restrictions(restrictions)
+        from .dual_encoder import DualEncoder
+
+        encoder = DualEncoder.load(model, pretrained, device=device)
+        self.capabilities = _declare(encoder, level, limits)
+        self._answer = _answerer(encoder, self.capabilities, limits.noise)
+
+    async def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer requests, in order; soft prompts over the same images are encoded together.
+
+        Raises:
+            InputError: a request that the access level or a limit does not allow.
+        """
+        return self._answer(requests)
+
+    async def aclose(self) -> None:
+        """Let go of the model."""
+        self._answer = _closed
+
+
+def _closed(requests: Sequence[Request]) -> list[Answer]:
+    raise InputError("this backend is closed; open it again")
+
+
+def _choice(kind: type[Choice], value: str, name: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        options = ", ".join(kind)
+        raise InputError(f"unknown {name} {value!r}; wanted one of {options}") from None
+
+
+def _restrictions(options: dict[str, Any]) -> Restrictions:
+    known = Restrictions.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise InputError(
+                f"unknown option {name!r}; the local black box takes {', '.join(known)}"
+            )
+    if "score_kind" in options:
+        options["score_kind"] = _choice(ScoreKind, options["score_kind"], "score_kind")
+    return Restrictions(**options)
+
+
+def _declare(encoder: DualEncoder, access: Access, limits: Restrictions) -> Capabilities:
+    soft = None
+    if access is Access.SOFT:
+        if encoder.token_width is None or encoder.token_std is None:
+            raise InputError(
+                f"{encoder.identity} has a text tower that takes no soft prompts; "
+                "use --access scores or embeddings"
+            )
+        soft = SoftPrompts(CONTEXT_TOKENS, encoder.token_width, encoder.token_std)
+    return Capabilities(
+        access=access,
+        model_id=encoder.identity,
+        score_kind=limits.score_kind,
+        logit_scale=encoder.logit_scale,
+        images_per_request=limits.images_per_request,
+        texts_per_request=limits.texts_per_request,
+        decimals=limits.decimals,
+        top_k=limits.top_k,
+        soft_prompts=soft,
+        idempotent=True,
+        requests_per_batch=REQUESTS_PER_BATCH,
+    )
+
+
+def _answerer(
+    encoder: DualEncoder, capabilities: Capabilities, noise: float
+) -> Callable[[Sequence[Request]], list[Answer]]:
+    """The box itself: everything that knows the model is local to this function."""
+    features = _FeatureCache(encoder.encode_images)
+    text_vectors: dict[tuple[str, ...], Floats] = {}
+
+    def encode_texts(texts: tuple[str, ...]) -> Floats:
+        if texts not in text_vectors:
+            text_vectors.clear()  # the last set is the one that is asked again
+            text_vectors[texts] = encoder.encode_texts(texts)
+        return text_vectors[texts]
+
+    def cosines(request: TextScores | PromptScores | Labels, vectors: Floats) -> Floats:
+        return np.asarray(features.of(request.images) @ vectors.T, dtype=np.float32)
+
+    def soft_vectors(requests: Sequence[Request]) -> dict[int, Floats]:
+        """The class vectors of every soft prompt in the batch, encoded together where possible."""
+        groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+        for index, request in enumerate(requests):
+            if isinstance(request, PromptScores):
+                groups.setdefault((request.template, request.class_names), []).append(index)
+        vectors: dict[int, Floats] = {}
+        for (template, class_names), members in groups.items():
+            offsets = np.stack([requests[i].offset for i in members])  # type: ignore[union-attr]
+            encoded = encoder.encode_prompts(template, class_names, offsets)
+            vectors.update(zip(members, encoded, strict=True))
+        return vectors
+
+    def values(request: Request, vectors: Floats | None) -> Array:
+        if isinstance(request, ImageEmbeddings):
+            return features.of(request.images)
+        if isinstance(request, TextEmbeddings):
+            return encode_texts(request.texts)
+        if isinstance(request, TextScores | Labels):
+            vectors = encode_texts(request.texts)
+        assert vectors is not None  # soft_vectors has one for every PromptScores
+        logits = cosines(request, vectors) * encoder.logit_scale + (encoder.logit_bias or 0.0)
+        if noise:
+            logits = logits + noise * _request_noise(request, capabilities.model_id, logits.shape)
+        if isinstance(request, Labels):
+            return logits.argmax(axis=1)
+        return withhold(logits, capabilities)
+
+    def answer(requests: Sequence[Request]) -> list[Answer]:
+        for request in requests:
+            _check_limits(request, capabilities)
+        vectors = soft_vectors(requests)
+        return [
+            Answer(values(request, vectors.get(index)), capabilities.model_id)
+            for index, request in enumerate(requests)
+        ]
+
+    return answer
+
+
+class _FeatureCache:
+    """Image vectors by the hash of the image's bytes: each picture is encoded once."""
+
+    def __init__(self, encode: Callable[[Sequence[Any]], Floats]) -> None:
+        self._encode = encode
+        self._vectors: dict[str, Floats] = {}
+        self._last: tuple[tuple[Image, ...], Floats] | None = None
+
+    def of(self, images: tuple[Image, ...]) -> Floats:
+        """The vectors of images, `(n_images, dim)`."""
+        if self._last is None or self._last[0] is not images:
+            missing = {i.sha256: i for i in images if i.sha256 not in self._vectors}
+            fresh = list(missing.values())
+            for at in range(0, len(fresh), IMAGES_AT_ONCE):
+                self._add(fresh[at : at + IMAGES_AT_ONCE])
+            self._last = (images, np.stack([self._vectors[i.sha256] for i in images]))
+        return self._last[1]
+
+    def _add(self, images: list[Image]) -> None:
+        vectors = self._encode([image.load() for image in images])
+        self._vectors.update(zip((i.sha256 for i in images), vectors, strict=True))
+
+
+def withhold(logits: Floats, capabilities: Capabilities) -> Floats:
+    """Give the logits the kind, the precision and the censoring that the endpoint declares."""
+    kind = capabilities.score_kind
+    scores = {
+        ScoreKind.LOGITS: lambda: logits,
+        ScoreKind.SOFTMAX: lambda: softmax(logits.astype(np.float64), axis=1),
+        ScoreKind.SIGMOID: lambda: expit(logits.astype(np.float64)),
+        ScoreKind.COSINE: lambda: logits / capabilities.logit_scale,
+    }[kind]()
+    if capabilities.decimals is not None:
+        scores = np.round(scores, capabilities.decimals)
+    if capabilities.top_k is not None and capabilities.top_k < scores.shape[1]:
+        kth = np.partition(scores, -capabilities.top_k, axis=1)[:, [-capabilities.top_k]]
+        scores = np.where(scores >= kth, scores, np.nan)
+    return np.asarray(scores, dtype=np.float32)
+
+
+def _request_noise(request: Request, model_id: str, shape: tuple[int, ...]) -> Floats:
+    seed = int(query_key(request, model_id)[:16], 16)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def _check_limits(request: Request, capabilities: Capabilities) -> None:
+    if not capabilities.takes(request):
+        raise InputError(
+            f"{type(request).__name__} needs {request.access.value!r} access; this black box gives "
+            f"{capabilities.access.value!r}"
+        )
+    for count, limit, what in (
+        (request.n_images, capabilities.images_per_request, "images"),
+        (request.n_texts, capabilities.texts_per_request, "texts"),
+    ):
+        if limit is not None and count > limit:
+            raise InputError(f"{count} {what} in one request; this black box takes {limit}")

@@ -1,0 +1,279 @@
+"""How images and labels lie on disk: class folders, splits of them, or a table.
+
+Names of folders and paths in a table are untrusted: links to folders are not followed, nothing is
+read outside the folder that was given, and every refusal names the path.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from blackbox_vlm import _classes
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import (
+    SUFFIXES,
+    BrokenFile,
+    Image,
+    check_images,
+    find_images,
+    leads_to_folder,
+    list_folder,
+    quote,
+)
+
+_SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+_LISTED = 5  # broken files that an error names
+
+
+class Found(NamedTuple):
+    """Class names in label order, and the files below `root` with a label each (or no labels)."""
+
+    names: list[str]
+    template: str | None
+    root: Path
+    paths: list[Path]
+    labels: list[int] | None
+
+
+class _Row(NamedTuple):
+    path: str
+    label: str
+    where: str
+
+
+def in_folder(
+    root: Path, classes: str | os.PathLike[str] | None, split: str, *, labelled: bool
+) -> Found:
+    """What `Task.from_folder` describes, before a picture is opened."""
+    home = root.absolute()
+    folder = _pick_split(home, split, labelled=labelled)
+    beside = [home.parent] if home.name.lower() in _SPLITS else []
+    origin, meta = _classes.read_meta([home, *beside])
+    lines = meta.lines
+    if classes is not None:
+        origin, lines = quote(classes), _classes.read_classes(Path(classes))
+    if not labelled:
+        return _unlabelled(folder, lines, meta.template, home)
+    folders = _class_folders(folder)
+    names = {name: _classes.spaced(name) for name in folders}
+    if lines is not None:
+        names = _classes.match(lines, folders, origin)
+    paths = [find_images(folder / name) for name in names]
+    labels = [label for label, files in enumerate(paths) for _ in files]
+    return Found(list(names.values()), meta.template, home, [*chain(*paths)], labels)
+
+
+def _unlabelled(
+    folder: Path, lines: Sequence[_classes.Line] | None, template: str | None, home: Path
+) -> Found:
+    if lines is None:
+        raise InputError(
+            f"{quote(folder)} has no labels to read class names from; give a `classes` file with"
+            " one name per line"
+        )
+    return Found([line.name for line in lines], template, home, find_images(folder), None)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    folders = _sub_folders(folder)
+    if not 2 <= len(folders) <= _classes.MAX_CLASSES:
+        raise InputError(
+            f"{quote(folder)} holds {len(folders)} class folders; wanted at least two and at most"
+            f" {_classes.MAX_CLASSES}, each with its images inside (or labelled=False)"
+        )
+    _classes.check_distinct(folders, f"class folders of {quote(folder)}:")
+    return folders
+
+
+def _sub_folders(folder: Path) -> list[str]:
+    entries = [entry for entry in list_folder(folder) if leads_to_folder(entry)]
+    for entry in entries:
+        if entry.is_symlink():
+            raise InputError(
+                f"{quote(entry.path)} is a link to a folder, and links are not followed; put the"
+                " folder itself there, or give the folder it leads to as the root"
+            )
+    return [entry.name for entry in entries]
+
+
+def _pick_split(home: Path, split: str, *, labelled: bool) -> Path:
+    wanted = _SPLITS.get(split)
+    if wanted is None:
+        raise InputError(f"got split={split!r}; wanted one of {', '.join(_SPLITS)}")
+    names = _sub_folders(home)
+    if not _are_splits(home, names, labelled=labelled):
+        if wanted != "train" and _SPLITS.get(home.name.lower()) != wanted:
+            raise InputError(
+                f"got split={split!r}, and {quote(home)} has no folders train, test or val that"
+                " hold class folders; give the split's own folder as the root"
+            )
+        return home
+    matching = [name for name in names if _SPLITS[name.lower()] == wanted]
+    if len(matching) != 1:
+        raise InputError(
+            f"got split={split!r}; wanted exactly one such folder in {quote(home)}, which has"
+            f" {', '.join(names)}"
+        )
+    return home / matching[0]
+
+
+def _are_splits(home: Path, names: list[str], *, labelled: bool) -> bool:
+    """Whether the folders are splits and not classes: a class of vehicles may be called train."""
+    if not names or not all(name.lower() in _SPLITS for name in names) or _holds_images(home):
+        return False
+    if not labelled:
+        return True
+    folders = [home / name for name in names]
+    return all(_sub_folders(folder) and not _holds_images(folder) for folder in folders)
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(os.path.splitext(e.name)[1].lower() in SUFFIXES for e in list_folder(folder))
+
+
+def in_table(
+    path: Path, root: str | os.PathLike[str] | None, classes: str | os.PathLike[str] | None
+) -> Found:
+    """What `Task.from_csv` describes, before a picture is opened."""
+    table = path.absolute()
+    home = table.parent if root is None else Path(root).absolute()
+    rows = list(_rows(table))
+    if classes is None:
+        labels = sorted({row.label for row in rows})
+        lines = tuple(_classes.Line(label, _classes.spaced(label)) for label in labels)
+    else:
+        lines = _classes.read_classes(Path(classes))
+    _classes.check_distinct([line.source for line in lines], "labels")
+    index = {_classes.fold(line.source): label for label, line in enumerate(lines)}
+    return Found(
+        [line.name for line in lines],
+        None,
+        home,
+        [_below(home, row) for row in rows],
+        [_label(index, row) for row in rows],
+    )
+
+
+def _rows(table: Path) -> Iterator[_Row]:
+    """Rows of the table. Raises InputError with the line's number where it is malformed."""
+    reader = csv.DictReader(io.StringIO(_classes.read_text(table), newline=""), strict=True)
+    try:
+        header = list(reader.fieldnames or ())
+        if not {"path", "label"} <= set(header):
+            raise InputError(
+                f"{quote(table)} begins with {quote(','.join(header))}; wanted a first line"
+                " `path,label`"
+            )
+        for fields in reader:
+            where = f"{quote(table)} line {reader.line_num}"
+            path, label = fields["path"], (fields["label"] or "").strip()
+            if None in fields or not path or not label:
+                raise InputError(f"{where} does not fit the header; wanted a path and a label")
+            yield _Row(path, label, where)
+    except csv.Error as error:
+        raise InputError(
+            f"{quote(table)} is not valid CSV at or after line {reader.line_num} ({error}); repair"
+            " it"
+        ) from None
+
+
+def _below(home: Path, row: _Row) -> Path:
+    """The row's file. Links are resolved later, by `check_images`."""
+    path = Path(os.path.normpath(home / row.path))
+    if not path.is_relative_to(os.path.normpath(home)):
+        raise InputError(
+            f"{row.where}: {quote(row.path)} lies outside {quote(home)}; give the folder that"
+            " holds all images as `root`"
+        )
+    return path
+
+
+def _label(index: Mapping[str, int], row: _Row) -> int:
+    label = index.get(_classes.fold(row.label))
+    if label is None:
+        raise InputError(
+            f"{row.where}: the label {quote(row.label)} is none of the {len(index)} classes;"
+            " correct it or add the class"
+        )
+    return label
+
+
+def readable(
+    found: Found, *, strict: bool
+) -> tuple[tuple[Image, ...], npt.NDArray[np.int64] | None, tuple[BrokenFile, ...]]:
+    """Images, labels (n,) and what was left out, every file decoded once.
+
+    Raises InputError: a class (or, without labels, everything) is left without an image; if
+    `strict`, a file cannot be used.
+    """
+    results = check_images(found.paths, found.root)
+    if found.labels is not None:
+        results = _without_contradictions(results, found.labels)
+    skipped = tuple(result for result in results if isinstance(result, BrokenFile))
+    if strict and skipped:
+        raise InputError(
+            f"{len(skipped)} of {len(results)} files cannot be used: {_some(skipped)}; repair or"
+            " remove them, or load without strict"
+        )
+    kept = [(i, result) for i, result in enumerate(results) if isinstance(result, Image)]
+    labels = None
+    if found.labels is not None:
+        labels = np.array([found.labels[i] for i, _ in kept], np.int64)
+    _check_none_empty(found, labels, len(kept), skipped)
+    return tuple(image for _, image in kept), labels, skipped
+
+
+def _without_contradictions(
+    results: Sequence[Image | BrokenFile], labels: Sequence[int]
+) -> list[Image | BrokenFile]:
+    """Every copy of a picture that stands under two labels becomes a `BrokenFile`."""
+    holders: dict[str, dict[int, Path]] = {}  # sha256 -> label -> a file under it
+    for result, label in zip(results, labels, strict=True):
+        if isinstance(result, Image):
+            holders.setdefault(result.sha256, {}).setdefault(label, result.path)
+    return [_unless_twin(*pair, holders) for pair in zip(results, labels, strict=True)]
+
+
+def _unless_twin(
+    result: Image | BrokenFile, label: int, holders: Mapping[str, Mapping[int, Path]]
+) -> Image | BrokenFile:
+    if isinstance(result, BrokenFile):
+        return result
+    twin = next((p for other, p in holders[result.sha256].items() if other != label), None)
+    if twin is None:
+        return result
+    return BrokenFile(result.path, f"same bytes under another label: {quote(twin)}")
+
+
+def _check_none_empty(
+    found: Found,
+    labels: npt.NDArray[np.int64] | None,
+    n_images: int,
+    skipped: Sequence[BrokenFile],
+) -> None:
+    broken = f"; could not use {_some(skipped)}" if skipped else ""
+    if labels is None:
+        if not n_images:
+            raise InputError(f"no readable image below {quote(found.root)}{broken}; add images")
+        return
+    counts = np.bincount(labels, minlength=len(found.names))
+    empty = [name for name, count in zip(found.names, counts, strict=True) if not count]
+    if empty:
+        raise InputError(
+            f"the class {quote(empty[0])} ({len(empty)} such) has no readable image{broken}; add"
+            " images or remove the class"
+        )
+
+
+def _some(skipped: Sequence[BrokenFile]) -> str:
+    more = f" and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
+    return ", ".join(map(str, skipped[:_LISTED])) + more

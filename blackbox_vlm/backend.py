@@ -1,0 +1,274 @@
+"""The seam: what a backend declares, the questions it can be asked, and what it answers.
+
+A backend is anything with `capabilities`, `answer` and `aclose`. It knows the wire (or a local
+model) and nothing of budgets; only the meter calls it. Third parties register a factory under the
+entry-point group `blackbox_vlm.backends`; ours use the same door.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import Image
+
+Array = NDArray[Any]
+ENTRY_POINT_GROUP = "blackbox_vlm.backends"
+
+
+class Access(StrEnum):
+    """How much a caller can see of the model, from most to least."""
+
+    SOFT = "soft"  # scores for continuous prompts, and for texts
+    EMBEDDINGS = "embeddings"  # vectors of images and of texts
+    SCORES = "scores"  # scores of an image against texts
+    LABEL = "label"  # the best text of those offered
+
+
+class ScoreKind(StrEnum):
+    """What the numbers of a scoring endpoint are."""
+
+    LOGITS = "logits"  # scale · cosine, comparable over requests
+    SOFTMAX = "softmax"  # probabilities over the texts of one request
+    SIGMOID = "sigmoid"  # one independent probability per text
+    COSINE = "cosine"
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What the owner bills, in USD."""
+
+    per_request: float = 0.0
+    per_image: float = 0.0
+    per_text: float = 0.0
+
+    def of(self, request: Request) -> float:
+        """The price of one request (USD)."""
+        counted = self.per_image * request.n_images + self.per_text * request.n_texts
+        return self.per_request + counted
+
+
+@dataclass(frozen=True, slots=True)
+class SoftPrompts:
+    """The shape and scale of the continuous prompts that a backend takes.
+
+    A request sends the *offset* `A z` of CraFT's `p = p0 + A z`; the endpoint adds it to
+    its own embeddings `p0` of the template's words, so that no weight has to leave it.
+    """
+
+    context_tokens: int  # how many token embeddings an offset covers
+    width: int  # of one token embedding
+    token_std: float  # standard deviation of the entries of the token embedding table
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do, and what one request may carry. None means no limit."""
+
+    access: Access
+    model_id: str  # which model answers; part of every query's key, checked in every answer
+    score_kind: ScoreKind = ScoreKind.LOGITS
+    logit_scale: float = 100.0  # turns cosines into logits
+    images_per_request: int | None = None
+    texts_per_request: int | None = None
+    decimals: int | None = None  # scores are rounded to so many decimals
+    top_k: int | None = None  # only the k best texts are scored, the others are NaN
+    soft_prompts: SoftPrompts | None = None
+    price: Price = field(default_factory=Price)
+    idempotent: bool = False  # a request sent again under its key is neither done nor billed twice
+    refusals_free: bool = False  # a complete 4xx answer is not billed
+    requests_per_batch: int = 1  # how many requests it likes to get together; each stays one query
+    concurrency: int = 1  # how many batches may be in flight
+
+    def takes(self, request: Request) -> bool:
+        """Whether the access level covers this kind of request."""
+        soft = self.access is Access.SOFT and request.access is Access.SCORES
+        return soft or self.access is request.access
+
+
+@dataclass(frozen=True, slots=True)
+class TextScores:
+    """Score every image against every text; answered by `(n_images, n_texts)` float32."""
+
+    access: ClassVar[Access] = Access.SCORES
+    images: tuple[Image, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def n_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def n_texts(self) -> int:
+        return len(self.texts)
+
+    @property
+    def answer_shape(self) -> tuple[int | None, ...]:
+        return (self.n_images, self.n_texts)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Score every image against every class under one soft prompt.
+
+    `offset` is `(context_tokens, width)` float32 and is added to the embeddings of the template's
+    last words before the class name. Answered by `(n_images, n_classes)` float32.
+    """
+
+    access: ClassVar[Access] = Access.SOFT
+    images: tuple[Image, ...]
+    class_names: tuple[str, ...]
+    template: str
+    offset: NDArray[np.float32]
+
+    @property
+    def n_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def n_texts(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def answer_shape(self) -> tuple[int | None, ...]:
+        return (self.n_images, self.n_texts)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEmbeddings:
+    """Embed images; answered by `(n_images, dim)` float32."""
+
+    access: ClassVar[Access] = Access.EMBEDDINGS
+    images: tuple[Image, ...]
+    n_texts: ClassVar[int] = 0
+
+    @property
+    def n_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def answer_shape(self) -> tuple[int | None, ...]:
+        return (self.n_images, None)
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmbeddings:
+    """Embed texts; answered by `(n_texts, dim)` float32."""
+
+    access: ClassVar[Access] = Access.EMBEDDINGS
+    texts: tuple[str, ...]
+    n_images: ClassVar[int] = 0
+
+    @property
+    def n_texts(self) -> int:
+        return len(self.texts)
+
+    @property
+    def answer_shape(self) -> tuple[int | None, ...]:
+        return (self.n_texts, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Name the best text for every image; answered by its index, `(n_images,)` int64."""
+
+    access: ClassVar[Access] = Access.LABEL
+    images: tuple[Image, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def n_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def n_texts(self) -> int:
+        return len(self.texts)
+
+    @property
+    def answer_shape(self) -> tuple[int | None, ...]:
+        return (self.n_images,)
+
+
+Request = TextScores | PromptScores | ImageEmbeddings | TextEmbeddings | Labels
+
+
+def query_key(request: Request, model_id: str) -> str:
+    """The identity of a query: SHA-256 over the canonical bytes of model and request.
+
+    Every part is preceded by its length, so that no two requests share their bytes.
+    """
+    digest = hashlib.sha256()
+    for part in (model_id, type(request).__name__, *_parts(request)):
+        data = part if isinstance(part, bytes) else part.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _parts(request: Request) -> list[str | bytes]:
+    parts: list[str | bytes] = []
+    if not isinstance(request, TextEmbeddings):
+        parts.append("".join(image.sha256 for image in request.images))
+    if isinstance(request, PromptScores):
+        offset = np.ascontiguousarray(request.offset, dtype="<f4")
+        parts += [request.template, repr(offset.shape), offset.tobytes(), *request.class_names]
+    elif not isinstance(request, ImageEmbeddings):
+        parts += request.texts
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the endpoint said: `values` in the request's `answer_shape`, and which model spoke."""
+
+    values: Array
+    model_id: str
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Anything that answers requests. See `blackbox_vlm.testing.BackendConformance`."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do. Constant for the life of the object, and free to read."""
+        ...
+
+    async def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer at most `requests_per_batch` requests, in order; each is one query.
+
+        Raises:
+            BackendError: the whole batch failed; its subclass says what that means for the budget.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections and models."""
+        ...
+
+
+def backend_names() -> list[str]:
+    """The backends that are installed."""
+    return sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))
+
+
+def open_backend(name: str, **options: object) -> Backend:
+    """Open an installed backend by its entry-point name, e.g. `open_backend("local")`.
+
+    Raises:
+        InputError: no backend has that name, or it does not know an option.
+    """
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        factory = point.load()
+        backend: Backend = factory(**options)
+        return backend
+    known = ", ".join(backend_names()) or "none"
+    raise InputError(f"unknown backend {name!r}; installed: {known}")

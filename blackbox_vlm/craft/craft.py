@@ -1,0 +1,167 @@
+"""The collaborative algorithm of CraFT: two modules, one set of answers.
+
+A generation:
+
+    z_1..z_lambda ~ CMA-ES            ask the endpoint for Y_I under every p0 + A z_k
+    fitness (3)                       tell CMA-ES
+    one epoch of (4)                  train the refiner, which changes the next fitness
+
+Differences from the public code, each ours: the deployed prompt is the mean of the search
+distribution, not the mean of forty fresh samples; and under our recipe the refiner learns from the
+scores of the better half of the population, which the search has paid for already, instead of from
+fresh crops of the images, which an endpoint would bill.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blackbox_vlm.craft import cma
+from blackbox_vlm.craft.recipes import Recipe
+from blackbox_vlm.craft.refine import (
+    Refiner,
+    RefinerState,
+    init_refiner,
+    prompt_fitness,
+    train_epoch,
+)
+
+Intrinsic = NDArray[np.float64]
+Logits = NDArray[np.float32]
+
+
+class CraftState(NamedTuple):
+    """Where a search stands."""
+
+    search: cma.CMAState
+    refiner: RefinerState
+    random: Tensor  # state of the generator that shuffles mini-batches, uint8
+    generation: int
+
+
+class Generation(NamedTuple):
+    """What one generation measured, for people."""
+
+    best: float  # lowest fitness (3) of the population
+    mean: float
+    sigma: float
+
+
+def settings(recipe: Recipe, seed: int) -> cma.CMASettings:
+    """The optimiser's settings under a recipe."""
+    return cma.CMASettings(
+        dimension=recipe.intrinsic_dimension,
+        population_size=recipe.population_size,
+        sigma0=recipe.sigma0,
+        separable=recipe.separable,
+        bounds=recipe.bounds,
+        seed=seed,
+    )
+
+
+def init(recipe: Recipe, n_classes: int, seed: int, start: Intrinsic | None = None) -> CraftState:
+    """A search that starts at `z = start` (zero: the template itself) with a fresh refiner."""
+    search = cma.init(settings(recipe, seed), mean=start)
+    shuffle = torch.Generator().manual_seed(seed)
+    return CraftState(search, fresh_refiner(recipe, n_classes, seed), shuffle.get_state(), 0)
+
+
+def ask(recipe: Recipe, seed: int, state: CraftState) -> tuple[Intrinsic, CraftState]:
+    """The next population, `(population_size, d)`."""
+    candidates, search = cma.ask(settings(recipe, seed), state.search)
+    return candidates, state._replace(search=search)
+
+
+def tell_prompts(
+    recipe: Recipe,
+    seed: int,
+    state: CraftState,
+    candidates: Intrinsic,
+    logits: Logits,
+    labels: NDArray[np.int64],
+) -> tuple[CraftState, NDArray[np.float64]]:
+    """Move the prompt distribution by the fitness (3) of its candidates.
+
+    Args:
+        recipe, seed, state: of the search.
+        candidates: as asked, `(population_size, d)`.
+        logits: `Y_I` under each of them, centred, `(population_size, N, C)`.
+        labels: `(N,)`.
+
+    Returns:
+        the state, and the fitness `(population_size,)`.
+    """
+    fitness = (
+        prompt_fitness(
+            state.refiner.refiner,
+            torch.from_numpy(logits),
+            torch.from_numpy(labels),
+            recipe.consistency_weight,
+        )
+        .numpy()
+        .astype(np.float64)
+    )
+    search = cma.tell(settings(recipe, seed), state.search, candidates, fitness)
+    return state._replace(search=search, generation=state.generation + 1), fitness
+
+
+def train_refiner(
+    recipe: Recipe, state: CraftState, logits: Logits, labels: NDArray[np.int64], *, progress: float
+) -> CraftState:
+    """One epoch of (4) on `logits` `(views, N, C)`; `progress` is the part of the search done."""
+    weight = recipe.consistency_weight if progress <= recipe.consistency_share else 0.0
+    generator = torch.Generator()
+    generator.set_state(state.random)
+    refiner = train_epoch(
+        state.refiner,
+        torch.from_numpy(logits).flatten(0, 1),
+        torch.from_numpy(labels).repeat(len(logits)),
+        weight=weight,
+        adam=recipe.adam,
+        batch_size=recipe.batch_size,
+        generator=generator,
+    )
+    return state._replace(refiner=refiner, random=generator.get_state())
+
+
+def fit_refiner(
+    recipe: Recipe,
+    state: RefinerState,
+    logits: Logits,
+    labels: NDArray[np.int64],
+    seed: int,
+) -> Refiner:
+    """`final_epochs` epochs of the cross entropy of (4) on one prompt's scores `(N, C)`."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(recipe.final_epochs):
+        state = train_epoch(
+            state,
+            torch.from_numpy(logits),
+            torch.from_numpy(labels),
+            weight=0.0,
+            adam=recipe.adam,
+            batch_size=recipe.batch_size,
+            generator=generator,
+        )
+    return state.refiner
+
+
+def fresh_refiner(recipe: Recipe, n_classes: int, seed: int) -> RefinerState:
+    """A refiner that has seen nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return init_refiner(n_classes, recipe.hidden, generator, zero_output=recipe.zero_output)
+
+
+def elite(logits: Logits, fitness: NDArray[np.float64]) -> Logits:
+    """The scores of the better half of the population, `(population_size // 2, N, C)`."""
+    return logits[np.argsort(fitness, kind="stable")[: max(len(fitness) // 2, 1)]]
+
+
+def deployed(state: CraftState) -> tuple[Intrinsic, Refiner]:
+    """What a search ends with: the mean of the prompt distribution `(d,)`, and the refiner."""
+    return state.search.mean, state.refiner.refiner

@@ -1,0 +1,11 @@
+"""The images that ship with the package: colour emoji drawings, for the demo and the tests."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def demo_folder() -> Path:
+    """The folder with `train` and `test`; see its README for what the images are and their licences."""
+    return Path(str(files("blackbox_vlm") / "data" / "emoji"))

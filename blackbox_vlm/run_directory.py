@@ -1,0 +1,107 @@
+"""The folder of a run: what was asked for, what it cost, what came out.
+
+RUN/run.json        how the run was started: enough to resume it
+RUN/ledger.sqlite   every query, and where the search stands
+RUN/result.json     what came out
+RUN/adapter/        the tuned adapter
+RUN/*-<data>.sqlite ledgers of evaluations and predictions, each with a budget of its own
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from blackbox_vlm.adapter import to_json, write_atomically
+from blackbox_vlm.errors import InputError, StorageError
+
+
+class RunDirectory:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.ledger = self.path / "ledger.sqlite"
+        self.adapter = self.path / "adapter"
+        self.result = self.path / "result.json"
+        self._description = self.path / "run.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self._description.exists() or self.ledger.exists()
+
+    def side_ledger(self, purpose: str, fingerprint: str) -> Path:
+        """The ledger of an evaluation or prediction of some data."""
+        return self.path / f"{purpose}-{fingerprint[:16]}.sqlite"
+
+    def create(self, description: dict[str, Any]) -> None:
+        """Make the folder and write down how the run was started.
+
+        Raises:
+            InputError: something is there already.
+            StorageError: it cannot be written.
+        """
+        if self.exists:
+            raise InputError(
+                f"{self.path} holds a run already; `blackbox-vlm resume {self.path}` goes on with "
+                "it, another --out starts a new one"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self._contents())):
+            raise InputError(f"{self.path} exists and is no run; choose another --out")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._description, to_json(description))
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.path}: {error.strerror}; choose another --out. Nothing was sent"
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        """How the run was started.
+
+        Raises:
+            InputError: there is no run here.
+        """
+        try:
+            return dict(json.loads(self._description.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            raise InputError(
+                f"{self.path} is not a run's folder; wanted one made by `blackbox-vlm tune`"
+            ) from None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write `result.json`."""
+        try:
+            write_atomically(self.result, to_json(result))
+        except OSError as error:
+            raise StorageError(f"cannot write {self.result}: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run; a second process is refused at once.
+
+        Raises:
+            StorageError: another process is working on it, or the folder cannot be written.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StorageError(
+                f"another process is working on {self.path}; wait for it or choose another --out"
+            ) from None
+        except OSError as error:
+            raise StorageError(f"cannot lock {self.path}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _contents(self) -> Iterator[Path]:
+        return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))

@@ -1,0 +1,226 @@
+"""Drives CraFT through the meter: asks what the method wants to know, and saves where it stands.
+
+After every generation the state goes into the ledger, in the transaction that drops the answers it
+has absorbed: a run killed at any moment goes on from the last whole generation, and the disk holds
+one generation of answers, not thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blackbox_vlm.craft import cma, craft
+from blackbox_vlm.craft.craft import CraftState
+from blackbox_vlm.craft.deploy import FoldSearch, judge, refiner_alone
+from blackbox_vlm.craft.guard import Strategy, Verdict
+from blackbox_vlm.craft.prompts import PromptSpace, offsets, prompt_space
+from blackbox_vlm.craft.recipes import Recipe
+from blackbox_vlm.craft.refine import Refiner
+from blackbox_vlm.craft.state import Finished, Record, Saved, from_bytes, read_notes, to_bytes
+from blackbox_vlm.images import Image
+from blackbox_vlm.ledger import Ledger
+from blackbox_vlm.meter import Meter
+from blackbox_vlm.observations import Classes, Logits, prompt_logits
+from blackbox_vlm.plan import Plan, Stage
+from blackbox_vlm.task import Task
+
+CHECKPOINT = "craft"
+
+
+class Progress(NamedTuple):
+    """Where a run stands, for people."""
+
+    stage: str
+    generation: int  # of this stage
+    generations: int
+    best: float  # lowest fitness of this generation
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning ends with: the verdict, and the parts that it deploys."""
+
+    strategy: Strategy
+    verdict: Verdict | None = None  # None: the recipe has no guard
+    offset: NDArray[np.float32] | None = None  # (context_tokens, width)
+    refiner: Refiner | None = None
+
+
+class CraftRun:
+    """One run of CraFT under a meter; `await run(...)` once.
+
+    Args:
+        task: labelled images.
+        plan: made for this task, with its stages.
+        recipe, seed: as planned.
+        meter, ledger: of this run.
+        on_progress: told after every generation.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        recipe: Recipe,
+        seed: int,
+        meter: Meter,
+        ledger: Ledger,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        soft = meter.capabilities.soft_prompts
+        assert task.labels is not None  # make_plan has refused the others
+        assert soft is not None
+        self._images, self._labels = task.images, task.labels
+        self._classes = Classes(task.class_names, task.template)
+        self._plan, self._recipe, self._seed = plan, recipe, seed
+        self._meter, self._ledger, self._on_progress = meter, ledger, on_progress
+        self._space: PromptSpace = prompt_space(
+            soft, recipe.intrinsic_dimension, entry_std=recipe.entry_std, seed=seed
+        )
+        self._finished: list[Finished] = []
+        self._trajectory: list[Record] = []
+
+    async def run(self, plain: Logits) -> Tuned:
+        """Search on every fold and on everything, then let the guard choose.
+
+        Args:
+            plain: the endpoint's zero-shot logits of the task's images, `(N, C)`.
+        """
+        state = self._restore()
+        for index in range(len(self._finished), len(self._plan.stages)):
+            self._finished.append(await self._search(index, state or self._start(index)))
+            state = None
+        *folds, final = self._finished
+        verdict = await self._verdict(folds, plain)
+        deployed = (await self._ask_means([final], "deploy"))[0]
+        strategy = verdict.chosen if verdict else Strategy.BOTH
+        return Tuned(
+            strategy,
+            verdict,
+            self._offsets([final])[0] if strategy.uses_prompt else None,
+            self._refiner(strategy, final, plain, deployed),
+        )
+
+    # -- the collaborative algorithm, generation by generation --------------------------------
+
+    async def _search(self, index: int, state: CraftState) -> Finished:
+        stage, seed = self._plan.stages[index], self._stage_seed(index)
+        images = tuple(self._images[i] for i in stage.members)
+        labels = self._labels[list(stage.members)]
+        while state.generation < stage.generations:
+            candidates, state = craft.ask(self._recipe, seed, state)
+            logits = await self._ask(images, offsets(self._space, candidates), stage.purpose)
+            state, fitness = craft.tell_prompts(
+                self._recipe, seed, state, candidates, logits, labels
+            )
+            seen = await self._refiner_views(stage, state, images, logits, fitness)
+            progress = state.generation / stage.generations
+            state = craft.train_refiner(self._recipe, state, seen, labels, progress=progress)
+            self._record(stage, state, fitness)
+            self._save(stage, state)
+        return Finished(state.search.mean, state.refiner)
+
+    async def _refiner_views(
+        self,
+        stage: Stage,
+        state: CraftState,
+        images: tuple[Image, ...],
+        logits: Logits,
+        fitness: NDArray[np.float64],
+    ) -> Logits:
+        """The scores that an epoch of the refiner sees, `(views, N, C)`."""
+        if self._recipe.refine_on == "elite":
+            return craft.elite(logits, fitness)
+        if self._recipe.views:
+            view = state.generation % self._recipe.views
+            images = tuple(image.augmented(view) for image in images)
+        mean = offsets(self._space, state.search.mean[None])
+        return await self._ask(images, mean, stage.refine_purpose)
+
+    def _start(self, index: int) -> CraftState:
+        """Folds start at the template; the last search where they agree on average."""
+        start = None
+        if self._finished and index == len(self._plan.stages) - 1:
+            start = np.mean([finished.mean for finished in self._finished], axis=0)
+        n_classes = len(self._classes.names)
+        return craft.init(self._recipe, n_classes, self._stage_seed(index), start)
+
+    def _stage_seed(self, index: int) -> int:
+        return int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
+
+    # -- after the searches -------------------------------------------------------------------
+
+    async def _verdict(self, folds: list[Finished], plain: Logits) -> Verdict | None:
+        if not folds:
+            return None
+        logits = await self._ask_means(folds, "guard")
+        searches = [FoldSearch(*pair) for pair in zip(logits, (f.refiner for f in folds), strict=True)]
+        members = [stage.members for stage in self._plan.stages[:-1]]
+        return judge(self._recipe, self._seed, self._labels, plain, members, searches)
+
+    def _refiner(
+        self, strategy: Strategy, final: Finished, plain: Logits, deployed: Logits
+    ) -> Refiner | None:
+        if strategy is Strategy.REFINER:
+            return refiner_alone(self._recipe, self._seed, plain, self._labels)
+        if strategy is Strategy.BOTH:
+            return craft.fit_refiner(
+                self._recipe, final.refiner, deployed, self._labels, self._seed
+            )
+        return None
+
+    # -- asking -------------------------------------------------------------------------------
+
+    async def _ask(
+        self, images: tuple[Image, ...], prompts: NDArray[np.float32], purpose: str
+    ) -> Logits:
+        return await prompt_logits(self._meter, images, self._classes, prompts, purpose)
+
+    async def _ask_means(self, finished: list[Finished], purpose: str) -> Logits:
+        return await self._ask(self._images, self._offsets(finished), purpose)
+
+    def _offsets(self, finished: list[Finished]) -> NDArray[np.float32]:
+        return offsets(self._space, np.stack([f.mean for f in finished]))
+
+    # -- state --------------------------------------------------------------------------------
+
+    def _record(self, stage: Stage, state: CraftState, fitness: NDArray[np.float64]) -> None:
+        best, generation = float(fitness.min()), state.generation
+        record = {
+            "stage": stage.purpose,
+            "generation": generation,
+            "best": best,
+            "mean": float(fitness.mean()),
+            "sigma": float(state.search.sigma),
+        }
+        self._trajectory.append(record)
+        self._on_progress(Progress(stage.purpose, generation, stage.generations, best))
+
+    def _save(self, stage: Stage, state: CraftState) -> None:
+        data = to_bytes(Saved(self._finished, state, self._trajectory))
+        absorbs = (stage.purpose, stage.refine_purpose)
+        self._ledger.checkpoint(CHECKPOINT, data, absorbs=absorbs)
+
+    def _restore(self) -> CraftState | None:
+        """Take up the saved searches; the state of the one under way, or None."""
+        data = self._ledger.restore(CHECKPOINT)
+        if data is None:
+            return None
+        stages = range(len(self._plan.stages))
+        settings: list[cma.CMASettings] = [
+            craft.settings(self._recipe, self._stage_seed(index)) for index in stages
+        ]
+        saved = from_bytes(data, settings)
+        self._finished, self._trajectory = list(saved.finished), list(saved.trajectory)
+        return saved.now
+
+
+def read_trajectory(ledger: Ledger) -> list[Record]:
+    """The generations of a run so far, from its ledger."""
+    data = ledger.restore(CHECKPOINT)
+    return [] if data is None else list(read_notes(data)["trajectory"])

@@ -1,0 +1,202 @@
+"""A task: class names, a template and checked images, with labels or without.
+
+    task = Task.from_folder("pets", split="train")   # pets/train/CLASS/*.jpg
+    few = task.sample(shots=16, seed=0)              # 16 labelled images per class
+
+Building a task decodes every file once, so that what cannot be read is known before a query is
+spent. Such files are left out and listed in `Task.skipped`; `strict=True` makes them an error. So
+are files with the same bytes under two labels: at most one label is right, and which one is not
+ours to guess. Copies under one label stay, as they count in published splits; `sample` draws a
+picture once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from blackbox_vlm import _classes, _layout
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import BrokenFile, Image, quote
+
+__all__ = ["BrokenFile", "Image", "Task"]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be told apart, and the images to learn it from or to be judged on.
+
+    Attributes:
+        class_names: `n_classes` names in label order; 2 to 20,000, distinct but for case.
+        template: text with one "{}" where the class name goes.
+        images: `n` images.
+        labels: (n,) int64 with values in [0, n_classes), read-only; None when there are none.
+        skipped: files that were found and are not among the images, with the reason.
+
+    Two tasks are the same when their `fingerprint` is. Raises InputError when a part is not as
+    described.
+    """
+
+    class_names: tuple[str, ...]
+    template: str
+    images: tuple[Image, ...]
+    labels: npt.NDArray[np.int64] | None
+    skipped: tuple[BrokenFile, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", _classes.check_names(self.class_names))
+        object.__setattr__(self, "template", _classes.check_template(self.template))
+        if self.labels is not None:
+            labels = _check_labels(self.labels, len(self.images), len(self.class_names))
+            object.__setattr__(self, "labels", labels)
+
+    @classmethod
+    def from_folder(
+        cls,
+        root: str | os.PathLike[str],
+        *,
+        classes: str | os.PathLike[str] | None = None,
+        template: str | None = None,
+        labelled: bool = True,
+        split: str = "train",
+        strict: bool = False,
+    ) -> Task:
+        """One folder per class below `root`, or below `root/SPLIT`; images at any depth in it.
+
+        Sub-folders count as splits only when all of them are called train, test or val (valid,
+        validation) and hold folders and no images: else they are classes. Names and their order
+        come from `classes`, a text file with a line `folder,class name` or just a class name per
+        class; else from a `meta.json` (`classnames`, `class_dirs`, `prompt_template`) in `root` or
+        beside a split folder; else from the folders, sorted, underscores read as spaces. With
+        `labelled=False` all images below the folder are taken, and the names must come from one
+        of the two files.
+
+        Raises InputError: names and folders do not match, a class is left without a readable
+        image, a folder cannot be read or is a link, or, if `strict`, a file cannot be used.
+        """
+        found = _layout.in_folder(Path(root), classes, split, labelled=labelled)
+        return cls._checked(found, template, strict=strict)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        root: str | os.PathLike[str] | None = None,
+        classes: str | os.PathLike[str] | None = None,
+        template: str | None = None,
+        strict: bool = False,
+    ) -> Task:
+        """A UTF-8 table with the columns `path` and `label`; other columns are ignored.
+
+        Paths are relative to `root`, by default the table's folder, and may not leave it. Class
+        names are the lines of `classes` (`label,class name` or a class name), else the labels
+        found, sorted, with underscores read as spaces.
+
+        Raises InputError, with the line's number: the table is malformed, a path leaves `root`, a
+        label matches no class; and as `from_folder` for classes and files.
+        """
+        found = _layout.in_table(Path(path), root, classes)
+        return cls._checked(found, template, strict=strict)
+
+    @classmethod
+    def _checked(cls, found: _layout.Found, template: str | None, *, strict: bool) -> Task:
+        if template is None:
+            template = found.template or _classes.DEFAULT_TEMPLATE
+        names, template = _classes.check_names(found.names), _classes.check_template(template)
+        return cls(names, template, *_layout.readable(found, strict=strict))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        labels = "no labels" if self.labels is None else "labelled"
+        return f"Task({len(self)} images, {len(self.class_names)} classes, {labels})"
+
+    def texts(self) -> tuple[str, ...]:
+        """The template filled with each class name, in label order."""
+        return tuple(self.template.replace("{}", name) for name in self.class_names)
+
+    def sample(self, shots: int, seed: int) -> Task:
+        """`shots` different labelled images of every class, by label.
+
+        The choice depends on the seed and on the images' bytes, not on their names or order; with
+        one seed, fewer shots are a part of more shots. Raises InputError: there are no labels, or
+        a class has too few images.
+        """
+        if self.labels is None:
+            raise InputError("cannot sample shots per class without labels; give a labelled task")
+        if shots < 1 or seed < 0:
+            raise InputError(f"got shots={shots}, seed={seed}; wanted shots >= 1 and seed >= 0")
+        by_class: list[dict[str, int]] = [{} for _ in self.class_names]
+        for i, (image, label) in enumerate(zip(self.images, self.labels, strict=True)):
+            by_class[label].setdefault(image.sha256, i)
+        for name, indices in zip(self.class_names, by_class, strict=True):
+            if len(indices) < shots:
+                raise InputError(
+                    f"the class {quote(name)} has {len(indices)} different image(s), wanted"
+                    f" shots={shots}; add images or ask for fewer shots"
+                )
+        draws = (_draw(indices, shots, [seed, i]) for i, indices in enumerate(by_class))
+        return self.subset([index for draw in draws for index in draw])
+
+    def subset(self, indices: Sequence[int] | npt.NDArray[np.integer]) -> Task:
+        """The images at these positions, in this order. Raises InputError: not such positions."""
+        at = np.asarray(indices)
+        if at.size == 0:
+            at = at.astype(np.int64)
+        if at.ndim != 1 or at.dtype.kind not in "iu" or ((at < 0) | (at >= len(self))).any():
+            raise InputError(
+                f"got indices of shape {at.shape} and type {at.dtype}; wanted a list of whole"
+                f" numbers from 0 to {len(self) - 1}"
+            )
+        labels = None if self.labels is None else self.labels[at]
+        return replace(self, images=tuple(self.images[i] for i in at), labels=labels)
+
+    def unlabelled(self) -> Task:
+        """The same task without its labels."""
+        return replace(self, labels=None)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of class names, template, image hashes and labels, each in order.
+
+        Where the files lie and what was skipped do not count.
+        """
+        digest = hashlib.sha256(json.dumps([self.class_names, self.template]).encode())
+        digest.update("".join(image.sha256 for image in self.images).encode())
+        if self.labels is not None:
+            digest.update(b"labels" + self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def _draw(indices: dict[str, int], shots: int, seed: list[int]) -> list[int]:
+    """`shots` of the indices, by the order of their hashes and a generator of their own."""
+    hashes = sorted(indices)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(hashes))
+    return [indices[hashes[i]] for i in order[:shots]]
+
+
+def _check_labels(
+    labels: npt.NDArray[np.int64], n_images: int, n_classes: int
+) -> npt.NDArray[np.int64]:
+    given = np.asarray(labels)
+    if given.shape != (n_images,) or given.dtype.kind not in "iu":
+        raise InputError(
+            f"got labels of shape {given.shape} and type {given.dtype}; wanted whole numbers of"
+            f" shape ({n_images},), one per image"
+        )
+    if n_images and not 0 <= given.min() <= given.max() < n_classes:
+        raise InputError(
+            f"got labels from {given.min()} to {given.max()}; wanted 0 to {n_classes - 1} for"
+            f" {n_classes} classes"
+        )
+    checked = given.astype(np.int64)
+    checked.setflags(write=False)
+    return checked
