@@ -39,10 +39,10 @@ def ensure_torchvision() -> None:
 def _declare_operators() -> None:
     """Declare the schemas of the operators that torchvision describes at import."""
     global _library
-    _library = torch.library.Library("torchvision", "FRAGMENT")
+    _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            _library.define(name + _SCHEMA)
+            _library.define(name + _SCHEMA)  # type: ignore[no-untyped-call]
 
 
 def _forget_torchvision() -> None:

@@ -78,8 +78,9 @@ def _eager(module: nn.Module) -> Tower:
 
     @torch.inference_mode()
     def run(batch: Tensor) -> Tensor:
-        output: Tensor = module(batch.contiguous(memory_format=torch.channels_last))
-        return output.float()
+        output = module(batch.contiguous(memory_format=torch.channels_last))
+        vectors: Tensor = output[0] if isinstance(output, tuple) else output  # CoCa adds its tokens
+        return vectors.float()
 
     return run
 
@@ -99,7 +100,7 @@ def _on_cuda(visual: nn.Module) -> list[tuple[str, Callable[[], Tower]]]:
 
 
 def _on_cpu(visual: nn.Module, example: Tensor) -> list[tuple[str, Callable[[], Tower]]]:
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         _log.info("image tower: this torch has no oneDNN; running it as it is")
         return []
     return [("oneDNN fusion", lambda: _eager(_fused(visual, example)))]
@@ -179,17 +180,16 @@ class _Fusion:
         operator = torch.ops.mkldnn._linear_pointwise.default
         self._replace(chain, operator, (rows, *operands, *activation))
 
-    def _folded(self, norm: fx.Node, kernel: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _folded(self, norm: Any, kernel: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """The convolution that does what convolution and batch norm did together."""
-        gain, offset, mean, variance = (
-            None if value is None else self._value(value) for value in norm.args[1:5]
-        )
-        if mean is None or variance is None:
-            raise ValueError("a batch norm without running statistics")
-        scale = (variance + norm.args[7]).rsqrt()
-        scale = scale if gain is None else scale * gain
-        moved = -mean if shift is None else shift - mean
-        return kernel * scale[:, None, None, None], moved * scale + (0 if offset is None else offset)
+        gain, offset, mean, variance, _, _, epsilon, _ = norm.args[1:]
+        scale = (self._value(variance) + epsilon).rsqrt()
+        if gain is not None:
+            scale = scale * self._value(gain)
+        moved = scale * ((0 if shift is None else shift) - self._value(mean))
+        if offset is not None:
+            moved = moved + self._value(offset)
+        return kernel * scale[:, None, None, None], moved
 
     def _value(self, node: Any) -> Tensor:
         value: Tensor = attrgetter(node.target)(self.module)

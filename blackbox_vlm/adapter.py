@@ -110,12 +110,13 @@ class Adapter:
         return self.refined(plain)
 
     def refined(self, logits: Logits) -> Logits:
-        """`Y_O` for centred logits `Y_I` `(n_images, n_classes)`; `Y_I` itself without a refiner."""
+        """`Y_O` of centred logits `Y_I` `(n_images, n_classes)`; without a refiner, `Y_I`."""
         if self.refiner is None or not self.strategy.uses_refiner:
             return logits
         g = self.refiner
         hidden = np.maximum(logits @ g["hidden_weight"].T + g["hidden_bias"], 0)
-        return logits + hidden @ g["output_weight"].T + g["output_bias"]
+        refined: Logits = logits + hidden @ g["output_weight"].T + g["output_bias"]
+        return refined
 
     def check(self, capabilities: Capabilities) -> None:
         """Refuse a backend that this adapter was not tuned for.

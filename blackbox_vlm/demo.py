@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def demo_folder() -> Path:
-    """The folder with `train` and `test`; see its README for what the images are and their licences."""
+    """The folder with `train` and `test`; its README says what they are, and their licences."""
     return Path(str(files("blackbox_vlm") / "data" / "emoji"))

@@ -400,18 +400,17 @@ class Ledger:
                 f"{self.path} has ledger version {version}, this program reads {SCHEMA_VERSION}; "
                 "use the program that wrote it, or another --out"
             )
-        if budget is None or (budget, max_cost and _nano(max_cost)) == (stored, stored_cost):
+        cap = None if max_cost is None else _nano(max_cost)
+        if budget is None or (budget, cap) == (stored, stored_cost):
             return
         if not extend or budget < spent:
             raise RunMismatch(
                 f"{self.path} was opened with a budget of {stored} queries"
                 f"{_usd_limit(stored_cost)}, {spent} of them are spent, and now "
-                f"{budget}{_usd_limit(max_cost and _nano(max_cost))} is asked; go on with the "
+                f"{budget}{_usd_limit(cap)} is asked; go on with the "
                 "same limits or start another --out"
             )
-        db.execute(
-            "UPDATE account SET budget = ?, max_cost = ?", (budget, max_cost and _nano(max_cost))
-        )
+        db.execute("UPDATE account SET budget = ?, max_cost = ?", (budget, cap))
 
 
 def _usd_limit(nano: int | None) -> str:

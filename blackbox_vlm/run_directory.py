@@ -40,12 +40,11 @@ class RunDirectory:
         """The ledger of an evaluation or prediction of some data."""
         return self.path / f"{purpose}-{fingerprint[:16]}.sqlite"
 
-    def create(self, description: dict[str, Any]) -> None:
-        """Make the folder and write down how the run was started.
+    def check_free(self) -> None:
+        """Refuse a folder that is taken.
 
         Raises:
-            InputError: something is there already.
-            StorageError: it cannot be written.
+            InputError: there is a run already, or something else.
         """
         if self.exists:
             raise InputError(
@@ -54,12 +53,22 @@ class RunDirectory:
             )
         if self.path.exists() and (not self.path.is_dir() or any(self._contents())):
             raise InputError(f"{self.path} exists and is no run; choose another --out")
+
+    def create(self, description: dict[str, Any]) -> None:
+        """Make the folder and write down how the run was started.
+
+        Raises:
+            InputError: the folder is taken.
+            StorageError: it cannot be written.
+        """
+        self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self._description, to_json(description))
         except OSError as error:
             raise StorageError(
-                f"cannot write {self.path}: {error.strerror}; choose another --out. Nothing was sent"
+                f"cannot write {self.path}: {error.strerror}; nothing was sent. "
+                "Choose another --out"
             ) from error
 
     def describe(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from blackbox_vlm.augment import augmented
 from blackbox_vlm.craft import cma, craft
 from blackbox_vlm.craft.craft import CraftState
 from blackbox_vlm.craft.deploy import FoldSearch, judge, refiner_alone
@@ -118,29 +119,29 @@ class CraftRun:
             state, fitness = craft.tell_prompts(
                 self._recipe, seed, state, candidates, logits, labels
             )
-            seen = await self._refiner_views(stage, state, images, logits, fitness)
+            state, seen = await self._refiner_view(stage, state, images, logits, fitness)
             progress = state.generation / stage.generations
             state = craft.train_refiner(self._recipe, state, seen, labels, progress=progress)
             self._record(stage, state, fitness)
             self._save(stage, state)
         return Finished(state.search.mean, state.refiner)
 
-    async def _refiner_views(
+    async def _refiner_view(
         self,
         stage: Stage,
         state: CraftState,
         images: tuple[Image, ...],
         logits: Logits,
         fitness: NDArray[np.float64],
-    ) -> Logits:
-        """The scores that an epoch of the refiner sees, `(views, N, C)`."""
+    ) -> tuple[CraftState, Logits]:
+        """The scores that an epoch of the refiner sees, `(N, C)`."""
         if self._recipe.refine_on == "elite":
-            return craft.elite(logits, fitness)
+            return craft.elite_view(state, logits, fitness)
         if self._recipe.views:
             view = state.generation % self._recipe.views
-            images = tuple(image.augmented(view) for image in images)
+            images = tuple(augmented(image, view) for image in images)
         mean = offsets(self._space, state.search.mean[None])
-        return await self._ask(images, mean, stage.refine_purpose)
+        return state, (await self._ask(images, mean, stage.refine_purpose))[0]
 
     def _start(self, index: int) -> CraftState:
         """Folds start at the template; the last search where they agree on average."""
@@ -159,7 +160,9 @@ class CraftRun:
         if not folds:
             return None
         logits = await self._ask_means(folds, "guard")
-        searches = [FoldSearch(*pair) for pair in zip(logits, (f.refiner for f in folds), strict=True)]
+        searches = [
+            FoldSearch(*pair) for pair in zip(logits, (f.refiner for f in folds), strict=True)
+        ]
         members = [stage.members for stage in self._plan.stages[:-1]]
         return judge(self._recipe, self._seed, self._labels, plain, members, searches)
 

@@ -100,7 +100,7 @@ def tell_prompts(
         prompt_fitness(
             state.refiner.refiner,
             torch.from_numpy(logits),
-            torch.from_numpy(labels),
+            torch.tensor(labels),
             recipe.consistency_weight,
         )
         .numpy()
@@ -113,14 +113,14 @@ def tell_prompts(
 def train_refiner(
     recipe: Recipe, state: CraftState, logits: Logits, labels: NDArray[np.int64], *, progress: float
 ) -> CraftState:
-    """One epoch of (4) on `logits` `(views, N, C)`; `progress` is the part of the search done."""
+    """One epoch of (4) on `logits` `(N, C)`; `progress` is the part of the search that is done."""
     weight = recipe.consistency_weight if progress <= recipe.consistency_share else 0.0
     generator = torch.Generator()
     generator.set_state(state.random)
     refiner = train_epoch(
         state.refiner,
-        torch.from_numpy(logits).flatten(0, 1),
-        torch.from_numpy(labels).repeat(len(logits)),
+        torch.from_numpy(logits),
+        torch.tensor(labels),
         weight=weight,
         adam=recipe.adam,
         batch_size=recipe.batch_size,
@@ -142,7 +142,7 @@ def fit_refiner(
         state = train_epoch(
             state,
             torch.from_numpy(logits),
-            torch.from_numpy(labels),
+            torch.tensor(labels),
             weight=0.0,
             adam=recipe.adam,
             batch_size=recipe.batch_size,
@@ -157,11 +157,20 @@ def fresh_refiner(recipe: Recipe, n_classes: int, seed: int) -> RefinerState:
     return init_refiner(n_classes, recipe.hidden, generator, zero_output=recipe.zero_output)
 
 
-def elite(logits: Logits, fitness: NDArray[np.float64]) -> Logits:
-    """The scores of the better half of the population, `(population_size // 2, N, C)`."""
-    return logits[np.argsort(fitness, kind="stable")[: max(len(fitness) // 2, 1)]]
+def elite_view(
+    state: CraftState, logits: Logits, fitness: NDArray[np.float64]
+) -> tuple[CraftState, Logits]:
+    """Show each image once, under a prompt drawn from the better half of the population.
 
+    Another prompt at every epoch is what another crop is in the public code: a view of the image
+    that the refiner has not seen, here at no cost.
 
-def deployed(state: CraftState) -> tuple[Intrinsic, Refiner]:
-    """What a search ends with: the mean of the prompt distribution `(d,)`, and the refiner."""
-    return state.search.mean, state.refiner.refiner
+    Returns:
+        the state, and `(N, C)` scores picked from `logits` `(population_size, N, C)`.
+    """
+    generator = torch.Generator()
+    generator.set_state(state.random)
+    best = np.argsort(fitness, kind="stable")[: max(len(fitness) // 2, 1)]
+    n_images = logits.shape[1]
+    drawn = torch.randint(len(best), (n_images,), generator=generator).numpy()
+    return state._replace(random=generator.get_state()), logits[best[drawn], np.arange(n_images)]

@@ -23,7 +23,7 @@ class Recipe:
     # prompt generation
     intrinsic_dimension: int = 512  # d, the length of z
     population_size: int = 40
-    sigma0: float = 0.5  # first step size
+    sigma0: float = 3.0  # first step size
     separable: bool = True  # diagonal covariance
     bounds: float | None = None  # |z_i| at most
     entry_std: float | None = None  # of A; None: A z is scaled to the model's token embeddings
@@ -43,7 +43,7 @@ class Recipe:
     fold_share: float = 0.25  # of the generations, for the search of each fold
 
 
-CRAFT = Recipe(name="craft", final_epochs=200)
+CRAFT = Recipe(name="craft", final_epochs=100)
 
 CRAFT_PAPER = Recipe(
     name="craft-paper",

@@ -127,14 +127,19 @@ def train_step(
 
 def _adam(state: RefinerState, gradient: Sequence[Tensor], adam: Adam) -> RefinerState:
     steps = state.steps + 1
-    first = [torch.lerp(m, g, 1 - adam.beta1) for m, g in zip(state.first_moment, gradient)]
-    second = [torch.lerp(v, g * g, 1 - adam.beta2) for v, g in zip(state.second_moment, gradient)]
+    first = [
+        torch.lerp(m, g, 1 - adam.beta1) for m, g in zip(state.first_moment, gradient, strict=True)
+    ]
+    second = [
+        torch.lerp(v, g * g, 1 - adam.beta2)
+        for v, g in zip(state.second_moment, gradient, strict=True)
+    ]
     step = adam.learning_rate / (1 - adam.beta1**steps)
     correction = (1 - adam.beta2**steps) ** 0.5
     shrink = 1 - adam.learning_rate * adam.weight_decay
     weights = [
         shrink * w - step * m / (v.sqrt() / correction + adam.epsilon)
-        for w, m, v in zip(state.refiner, first, second)
+        for w, m, v in zip(state.refiner, first, second, strict=True)
     ]
     return RefinerState(Refiner(*weights), Refiner(*first), Refiner(*second), steps)
 
@@ -151,7 +156,7 @@ def train_epoch(
 ) -> RefinerState:
     """One pass over `logits` `(n, C)` in shuffled mini-batches."""
     order = torch.randperm(len(logits), generator=generator)
-    for batch in order.split(batch_size):
+    for batch in torch.split(order, batch_size):
         state = train_step(state, logits[batch], labels[batch], weight=weight, adam=adam)
     return state
 

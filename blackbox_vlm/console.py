@@ -1,0 +1,85 @@
+"""What people see: lines, tables, JSON, CSV; and how they stop a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+import click
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr."""
+    click.echo(line, err=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout, ASCII, without NaN."""
+    click.echo(json.dumps(value, ensure_ascii=True, allow_nan=False))
+
+
+def print_csv(rows: list[dict[str, Any]]) -> None:
+    """Rows of equal columns on stdout."""
+    writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _inert(value) for name, value in row.items()})
+
+
+def print_table(title: str, rows: list[tuple[str, str]]) -> None:
+    """Two columns on stdout; nothing in them is read as markup or as terminal control."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(Text(name), Text(value, overflow="fold"))
+    Console(markup=False, highlight=False).print(table)
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction for people."""
+    return "not measured" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _inert(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t")):
+        return "'" + value
+    return value
+
+
+class StopSignals:
+    """The first Ctrl-C or SIGTERM asks for a clean stop, the second stops at once."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._asked = threading.Event()
+        self._old: dict[int, Any] = {}
+
+    def is_set(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._asked.is_set()
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        if self._asked.is_set():
+            say(f"Go on with: blackbox-vlm resume {self._run}")
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._asked.is_set():
+            raise KeyboardInterrupt
+        self._asked.set()
+        say("Stopping after what is in flight; once more stops at once.")
