@@ -286,9 +286,7 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported; wanted auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs"
-        )
+        raise InputError(f"no device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 

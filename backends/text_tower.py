@@ -121,13 +121,17 @@ class TextTower:
 
 
 def text_source(model: Any) -> Any | None:
-    """The module that holds a causal CLIP text tower, or None where the model has another kind."""
+    """The module that holds a causal CLIP text tower; None where the model has another kind.
+
+    Towers that look both ways or read at the last place (SigLIP), that append a class token (CoCa)
+    and those of other libraries are not served: there, what stands after the text matters.
+    """
     source = getattr(model, "text", model)
     return source if _serves(source) else None
 
 
 def _serves(source: Any) -> bool:
-    """Whether the tower is causal, reads at the end of the text and has plain blocks."""
+    """Whether the tower is causal, reads at the highest token id ([EOT]) and has plain blocks."""
     from open_clip.transformer import ResidualAttentionBlock
 
     wanted = ("token_embedding", "positional_embedding", "transformer", "ln_final", "attn_mask")
@@ -135,7 +139,7 @@ def _serves(source: Any) -> bool:
         return False
     pool = getattr(source, "pool_type", None) or getattr(source, "text_pool_type", None)
     return (
-        pool in ("argmax", "eos")
+        pool == "argmax"
         and getattr(source, "cls_emb", None) is None
         and not getattr(source, "use_pad_mask", False)
         and all(type(b) is ResidualAttentionBlock for b in source.transformer.resblocks)

@@ -27,6 +27,8 @@ from blackbox_vlm.errors import BudgetError, InputError, RunMismatch, StorageErr
 
 SCHEMA_VERSION = 1
 NANO = 1_000_000_000  # money is kept in whole nano-USD
+_LARGEST = 2**63 - 1  # of SQLite's integers
+_OPEN_TRIES = 20  # how often another process that makes the same ledger may be in the way
 
 Lost = Literal["stop", "resend"]
 
@@ -169,6 +171,12 @@ class Ledger:
                 self._db.execute("UPDATE attempt SET outcome = 'done' WHERE id = ?", (attempt,))
                 self._store(attempt, answer)
 
+    def forfeit(self, attempts: Sequence[int]) -> None:
+        """Close attempts that the endpoint refused and bills: charged, may be asked anew."""
+        with self._transaction():
+            for attempt in attempts:
+                self._close_attempt(attempt, "done")
+
     def lose(self, attempts: Sequence[int]) -> None:
         """Mark attempts whose outcome is unknown: they stay charged."""
         with self._transaction():
@@ -176,10 +184,15 @@ class Ledger:
                 self._close_attempt(attempt, "unknown")
 
     def refund(self, attempts: Sequence[int]) -> None:
-        """Give back attempts that never reached the endpoint, or that it refused for free."""
+        """Give back attempts that never reached the endpoint, or that it refused for free.
+
+        An attempt that was sent more than once stays charged: the first time may have been billed.
+        """
         with self._transaction():
             for attempt in attempts:
-                if self._close_attempt(attempt, "refunded"):
+                if self._sends(attempt) > 1:
+                    self._close_attempt(attempt, "unknown")
+                elif self._close_attempt(attempt, "refunded"):
                     self._db.execute(
                         "UPDATE account SET queries = queries - 1, "
                         "cost = cost - (SELECT cost FROM attempt WHERE id = ?)",
@@ -196,7 +209,12 @@ class Ledger:
         if row is None:
             return None
         model_id, dtype, shape, data = row
-        values = np.frombuffer(data, dtype=dtype).reshape(json.loads(shape))
+        try:
+            values = np.frombuffer(data, dtype=dtype).reshape(json.loads(shape))
+        except (ValueError, TypeError):
+            raise StorageError(
+                f"{self.path} holds a damaged answer; nothing was sent. Restore it from a backup"
+            ) from None
         return Answer(values=values, model_id=model_id)
 
     def checkpoint(self, name: str, data: bytes, *, absorbs: Sequence[str] = ()) -> None:
@@ -276,12 +294,17 @@ class Ledger:
     # -- inside a transaction ---------------------------------------------------------------
 
     def _pending(self, entry: Entry) -> int | None:
+        """The last attempt at a query, if its answer never came."""
         row = self._db.execute(
-            "SELECT id FROM attempt WHERE query = ? AND outcome IN ('open', 'unknown') "
+            "SELECT id, outcome FROM attempt WHERE query = ? AND outcome != 'refunded' "
             "ORDER BY id DESC LIMIT 1",
             (entry.query,),
         ).fetchone()
-        return None if row is None else int(row[0])
+        return None if row is None or row[1] == "done" else int(row[0])
+
+    def _sends(self, attempt: int) -> int:
+        row = self._db.execute("SELECT sends FROM attempt WHERE id = ?", (attempt,)).fetchone()
+        return int(row[0])
 
     def _charge(self, entries: Sequence[Entry]) -> None:
         count, cost = len(entries), sum(_nano(entry.cost) for entry in entries)
@@ -344,13 +367,10 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """One write transaction; a nested one joins it. Rolls back on any error."""
+        """One write transaction. Rolls back on any error, and on an interrupt wherever it falls."""
         with self._lock, _storage_errors(self.path):
-            if self._db.in_transaction:
-                yield
-                return
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield
                 self._db.execute("COMMIT")
             finally:
@@ -362,12 +382,15 @@ class Ledger:
     def _open(self, budget: int | None, max_cost: float | None, extend: bool) -> sqlite3.Connection:
         if budget is None and not self.path.exists():
             raise StorageError(f"there is no ledger at {self.path}; wanted a run made by `tune`")
-        if budget is not None and budget < 1:
+        if budget is not None and not 1 <= budget <= _LARGEST:
             raise InputError(f"the budget is {budget} queries; give at least 1")
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        if max_cost is not None and not 0 <= max_cost < _LARGEST / NANO:
+            raise InputError(f"the limit is {max_cost} USD; give a number of 0 or more")
+        with contextlib.suppress(FileExistsError):  # never open a file that SQLite may have locked
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
+            _write_ahead(db)
             db.execute("PRAGMA synchronous = FULL")
             db.execute("BEGIN IMMEDIATE")
             if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
@@ -392,18 +415,19 @@ class Ledger:
     def _check(
         self, db: sqlite3.Connection, budget: int | None, max_cost: float | None, extend: bool
     ) -> None:
-        version, stored, stored_cost, spent = db.execute(
-            "SELECT schema_version, budget, max_cost, queries FROM account"
-        ).fetchone()
+        version = db.execute("SELECT schema_version FROM account").fetchone()[0]
         if version != SCHEMA_VERSION:
             raise StorageError(
                 f"{self.path} has ledger version {version}, this program reads {SCHEMA_VERSION}; "
                 "use the program that wrote it, or another --out"
             )
+        stored, stored_cost, spent, cost = db.execute(
+            "SELECT budget, max_cost, queries, cost FROM account"
+        ).fetchone()
         cap = None if max_cost is None else _nano(max_cost)
         if budget is None or (budget, cap) == (stored, stored_cost):
             return
-        if not extend or budget < spent:
+        if not extend or budget < spent or (cap is not None and cap < cost):
             raise RunMismatch(
                 f"{self.path} was opened with a budget of {stored} queries"
                 f"{_usd_limit(stored_cost)}, {spent} of them are spent, and now "
@@ -411,6 +435,17 @@ class Ledger:
                 "same limits or start another --out"
             )
         db.execute("UPDATE account SET budget = ?, max_cost = ?", (budget, cap))
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Turn WAL on. SQLite does not wait here for another process that makes the same ledger."""
+    for _ in range(_OPEN_TRIES):
+        with contextlib.suppress(sqlite3.OperationalError):
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        db.execute("BEGIN IMMEDIATE")  # this waits for it
+        db.execute("COMMIT")
+    db.execute("PRAGMA journal_mode = WAL")
 
 
 def _usd_limit(nano: int | None) -> str:
@@ -449,7 +484,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 def _storage_hint(path: Path, error: sqlite3.DatabaseError) -> str:
     text = str(error)
-    if isinstance(error, sqlite3.OperationalError):
+    if isinstance(error, sqlite3.OperationalError) and not text.startswith("no such"):
         return f"cannot write the ledger {path}: {text}; free the disk or the lock, then resume"
     return (
         f"{path} is not a readable ledger ({text}); nothing was sent. Restore it from a backup "

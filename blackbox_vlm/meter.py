@@ -8,11 +8,22 @@ for nothing; everything else is charged before it leaves.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
-from blackbox_vlm.backend import Answer, Array, Backend, Capabilities, Labels, Request, query_key
+from blackbox_vlm.backend import (
+    Answer,
+    Array,
+    Backend,
+    Capabilities,
+    Labels,
+    PromptScores,
+    Request,
+    ScoreKind,
+    TextScores,
+    query_key,
+)
 from blackbox_vlm.batching import join, split
 from blackbox_vlm.errors import (
     ContractError,
@@ -20,8 +31,12 @@ from blackbox_vlm.errors import (
     Interrupted,
     NotSent,
     Refused,
+    StorageError,
 )
 from blackbox_vlm.ledger import Entry, Ledger, Lost
+
+_PROBABILITIES = (ScoreKind.SOFTMAX, ScoreKind.SIGMOID)
+_ROUNDING = 1e-3  # how far a rounded probability may lie outside 0..1
 
 
 class Meter:
@@ -78,13 +93,26 @@ class Meter:
         known: dict[str, Array] = {}
         missing: dict[str, Request] = {}
         for key, request in zip(keys, requests, strict=True):
-            stored = self._ledger.answer(key) if key not in known else None
+            stored = self._replay(key, request) if key not in known else None
             if stored is not None:
-                known[key] = stored.values
+                known[key] = stored
             elif key not in known:
                 missing[key] = request
         await self._send_all(missing, known, purpose)
         return [known[key] for key in keys]
+
+    def _replay(self, key: str, request: Request) -> Array | None:
+        stored = self._ledger.answer(key)
+        if stored is None:
+            return None
+        try:
+            check_answer(request, stored, self.capabilities)
+        except ContractError as error:
+            raise StorageError(
+                f"{self._ledger.path} holds an answer that was not given ({error}); nothing was "
+                "sent. Restore it from a backup"
+            ) from None
+        return stored.values
 
     async def _send_all(
         self, missing: dict[str, Request], known: dict[str, Array], purpose: str
@@ -92,8 +120,11 @@ class Meter:
         batches = _batches(list(missing.items()), self.capabilities.requests_per_batch)
 
         async def worker() -> None:
-            for batch in batches:  # one shared iterator: each batch goes to one worker
-                known.update(await self._send(batch, purpose))
+            try:
+                for batch in batches:  # one shared iterator: each batch goes to one worker
+                    known.update(await self._send(batch, purpose))
+            finally:
+                batches.close()  # after an error nobody takes another batch
 
         workers = [worker() for _ in range(self.capabilities.concurrency)]
         results = await asyncio.gather(*workers, return_exceptions=True)
@@ -108,17 +139,18 @@ class Meter:
         requests = [request for _, request in batch]
         try:
             answers = await self._backend.answer(requests)
+            self._check(requests, answers)
         except (NotSent, InputError):
             self._ledger.refund(attempts)
             raise
         except Refused:
-            close = self._ledger.refund if self.capabilities.refusals_free else self._ledger.lose
+            free = self.capabilities.refusals_free
+            close = self._ledger.refund if free else self._ledger.forfeit
             close(attempts)
             raise
         except BaseException:
             self._ledger.lose(attempts)
             raise
-        self._check(attempts, requests, answers)
         self._ledger.settle(attempts, answers)
         self._on_spent(self._ledger.spent())
         return {key: answer.values for (key, _), answer in zip(batch, answers, strict=True)}
@@ -133,24 +165,19 @@ class Meter:
             entries, idempotent=self.capabilities.idempotent, on_lost=self._on_lost
         )
 
-    def _check(
-        self, attempts: list[int], requests: Sequence[Request], answers: Sequence[Answer]
-    ) -> None:
-        try:
-            if len(answers) != len(requests):
-                raise ContractError(f"asked {len(requests)} requests, got {len(answers)} answers")
-            for request, answer in zip(requests, answers, strict=True):
-                check_answer(request, answer, self.capabilities)
-        except ContractError:
-            self._ledger.lose(attempts)
-            raise
+    def _check(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+        if len(answers) != len(requests):
+            raise ContractError(f"asked {len(requests)} requests, got {len(answers)} answers")
+        for request, answer in zip(requests, answers, strict=True):
+            check_answer(request, answer, self.capabilities)
 
 
 def check_answer(request: Request, answer: Answer, capabilities: Capabilities) -> None:
     """Refuse an answer that is not what the endpoint declares, before anything learns from it.
 
     Raises:
-        ContractError: another model, another shape, NaN or infinity, a label out of range.
+        ContractError: another model, another shape or type, NaN or infinity, a label out of range,
+            a probability outside 0..1, fewer scores than top-k promises.
     """
     if answer.model_id != capabilities.model_id:
         raise ContractError(
@@ -160,16 +187,39 @@ def check_answer(request: Request, answer: Answer, capabilities: Capabilities) -
     wanted, got = request.answer_shape, answer.values.shape
     if len(got) != len(wanted) or any(w not in (None, g) for w, g in zip(wanted, got, strict=True)):
         raise ContractError(f"wanted an answer of shape {wanted}, got {got}")
+    if answer.values.dtype.kind not in ("iu" if isinstance(request, Labels) else "f"):
+        kind = "whole numbers" if isinstance(request, Labels) else "floating-point numbers"
+        raise ContractError(f"wanted {kind}, got {answer.values.dtype}")
     if isinstance(request, Labels):
         if answer.values.size and not (
             answer.values.min() >= 0 and answer.values.max() < request.n_texts
         ):
             raise ContractError(f"wanted labels in 0..{request.n_texts - 1}, got others")
         return
-    censored = np.isnan(answer.values) if capabilities.top_k is not None else False
-    if not np.all(np.isfinite(answer.values) | censored):
+    scores = isinstance(request, TextScores | PromptScores)
+    if scores and capabilities.top_k is not None:
+        _check_censored(answer.values, capabilities.top_k)
+    elif not np.all(np.isfinite(answer.values)):
         raise ContractError("wanted finite numbers, got NaN or infinity")
+    if scores and capabilities.score_kind in _PROBABILITIES:
+        _check_probabilities(answer.values)
 
 
-def _batches(items: list[tuple[str, Request]], size: int) -> Iterator[list[tuple[str, Request]]]:
+def _check_censored(values: Array, top_k: int) -> None:
+    given = np.isfinite(values).sum(axis=1)
+    if np.isinf(values).any() or np.any(given < min(top_k, values.shape[1])):
+        raise ContractError(f"wanted {top_k} finite scores per image, got NaN or infinity instead")
+
+
+def _check_probabilities(values: Array) -> None:
+    if np.any((values < -_ROUNDING) | (values > 1 + _ROUNDING)):
+        raise ContractError(
+            f"wanted probabilities in 0..1, got {np.nanmin(values):g} to {np.nanmax(values):g}; "
+            "declare another kind of scores"
+        )
+
+
+def _batches(
+    items: list[tuple[str, Request]], size: int
+) -> Generator[list[tuple[str, Request]], None, None]:
     return (items[at : at + size] for at in range(0, len(items), size))

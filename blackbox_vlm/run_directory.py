@@ -79,7 +79,7 @@ class RunDirectory:
         """
         try:
             return dict(json.loads(self._description.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):  # TypeError: JSON, but no object
             raise InputError(
                 f"{self.path} is not a run's folder; wanted one made by `blackbox-vlm tune`"
             ) from None

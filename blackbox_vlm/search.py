@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from blackbox_vlm.augment import augmented
 from blackbox_vlm.craft import cma, craft
 from blackbox_vlm.craft.craft import CraftState
-from blackbox_vlm.craft.deploy import FoldSearch, judge, refiner_alone
-from blackbox_vlm.craft.guard import Strategy, Verdict
+from blackbox_vlm.craft.guard import FoldSearch, Strategy, Verdict, judge
 from blackbox_vlm.craft.prompts import PromptSpace, offsets, prompt_space
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.craft.refine import Refiner
@@ -44,12 +43,19 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning ends with: the verdict, and the parts that it deploys."""
+    """What tuning ends with: every module, and which of them to deploy.
+
+    Attributes:
+        strategy: what is deployed.
+        verdict: why; None where the recipe has no guard.
+        offset: `A z` of the searched prompt, `(context_tokens, width)` float32.
+        refiners: by strategy, for those that use one.
+    """
 
     strategy: Strategy
-    verdict: Verdict | None = None  # None: the recipe has no guard
-    offset: NDArray[np.float32] | None = None  # (context_tokens, width)
-    refiner: Refiner | None = None
+    verdict: Verdict | None
+    offset: NDArray[np.float32] | None
+    refiners: dict[Strategy, Refiner]
 
 
 class CraftRun:
@@ -98,13 +104,12 @@ class CraftRun:
             state = None
         *folds, final = self._finished
         verdict = await self._verdict(folds, plain)
-        deployed = (await self._ask_means([final], "deploy"))[0]
-        strategy = verdict.chosen if verdict else Strategy.BOTH
+        alone = craft.refiner_alone(self._recipe, plain, self._labels, self._seed)
         return Tuned(
-            strategy,
-            verdict,
-            self._offsets([final])[0] if strategy.uses_prompt else None,
-            self._refiner(strategy, final, plain, deployed),
+            strategy=verdict.chosen if verdict else Strategy.BOTH,
+            verdict=verdict,
+            offset=self._offsets([final])[0],
+            refiners={Strategy.REFINER: alone, Strategy.BOTH: final.refiner.refiner},
         )
 
     # -- the collaborative algorithm, generation by generation --------------------------------
@@ -159,23 +164,11 @@ class CraftRun:
     async def _verdict(self, folds: list[Finished], plain: Logits) -> Verdict | None:
         if not folds:
             return None
-        logits = await self._ask_means(folds, "guard")
-        searches = [
-            FoldSearch(*pair) for pair in zip(logits, (f.refiner for f in folds), strict=True)
-        ]
+        logits = await self._ask(self._images, self._offsets(folds), "guard")
+        refiners = [fold.refiner.refiner for fold in folds]
+        searches = [FoldSearch(*pair) for pair in zip(logits, refiners, strict=True)]
         members = [stage.members for stage in self._plan.stages[:-1]]
         return judge(self._recipe, self._seed, self._labels, plain, members, searches)
-
-    def _refiner(
-        self, strategy: Strategy, final: Finished, plain: Logits, deployed: Logits
-    ) -> Refiner | None:
-        if strategy is Strategy.REFINER:
-            return refiner_alone(self._recipe, self._seed, plain, self._labels)
-        if strategy is Strategy.BOTH:
-            return craft.fit_refiner(
-                self._recipe, final.refiner, deployed, self._labels, self._seed
-            )
-        return None
 
     # -- asking -------------------------------------------------------------------------------
 
@@ -183,9 +176,6 @@ class CraftRun:
         self, images: tuple[Image, ...], prompts: NDArray[np.float32], purpose: str
     ) -> Logits:
         return await prompt_logits(self._meter, images, self._classes, prompts, purpose)
-
-    async def _ask_means(self, finished: list[Finished], purpose: str) -> Logits:
-        return await self._ask(self._images, self._offsets(finished), purpose)
 
     def _offsets(self, finished: list[Finished]) -> NDArray[np.float32]:
         return offsets(self._space, np.stack([f.mean for f in finished]))

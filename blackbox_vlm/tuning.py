@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from blackbox_vlm._version import __version__
 from blackbox_vlm.adapter import Adapter
 from blackbox_vlm.backend import Backend, Capabilities
-from blackbox_vlm.craft.deploy import judge, refiner_alone
-from blackbox_vlm.craft.guard import Strategy, Verdict
+from blackbox_vlm.craft.craft import refiner_alone
+from blackbox_vlm.craft.guard import Strategy, Verdict, judge
 from blackbox_vlm.craft.recipes import Recipe, recipe_named
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.ledger import Ledger, Lost, Totals
@@ -180,10 +180,8 @@ def _refine(task: Task, recipe: Recipe, seed: int, plain: Logits) -> Tuned:
     labels = _labels(task)
     folds = fold_members(task, REFINE_FOLDS, seed)
     verdict = judge(recipe, seed, labels, plain, folds)
-    if verdict.chosen is Strategy.ZERO_SHOT:
-        return Tuned(Strategy.ZERO_SHOT, verdict)
-    refiner = refiner_alone(recipe, seed, plain, labels)
-    return Tuned(Strategy.REFINER, verdict, refiner=refiner)
+    refiners = {Strategy.REFINER: refiner_alone(recipe, plain, labels, seed)}
+    return Tuned(verdict.chosen, verdict, offset=None, refiners=refiners)
 
 
 def _result(
@@ -228,15 +226,15 @@ def _adapter(
     result: TuneResult,
     totals: Totals,
 ) -> Adapter:
-    verdict = tuned.verdict
-    refiner = tuned.refiner and {n: t.numpy() for n, t in tuned.refiner._asdict().items()}
+    verdict, strategy = tuned.verdict, tuned.strategy
+    refiner = tuned.refiners[strategy]._asdict() if strategy.uses_refiner else {}
     return Adapter(
-        strategy=tuned.strategy,
+        strategy=strategy,
         classes=Classes(task.class_names, task.template),
         model_id=capabilities.model_id,
         access=capabilities.access,
-        offset=tuned.offset,
-        refiner=refiner,
+        offset=tuned.offset if strategy.uses_prompt else None,
+        refiner={name: tensor.numpy() for name, tensor in refiner.items()} or None,
         recipe={
             "version": __version__,
             "method": result.method,

@@ -11,6 +11,7 @@ Vision-Language Models", ICML 2024, arXiv 2402.04050; its public code is mrflogs
     craft.py     the collaborative algorithm: one generation of (3), one epoch of (4), repeat
     recipes.py   the settings: ours, and the published ones
     guard.py     which of the two modules to deploy, decided out-of-fold (ours)
+    state.py     where a run stands, as bytes
 
 The equations are what the public code computes; the numbers are this package's own, not the
 paper's. Everything here is pure: it asks for scores and updates a state, and knows no endpoint, no

@@ -28,6 +28,7 @@ from blackbox_vlm.craft.refine import (
     RefinerState,
     init_refiner,
     prompt_fitness,
+    refine,
     train_epoch,
 )
 
@@ -129,26 +130,27 @@ def train_refiner(
     return state._replace(refiner=refiner, random=generator.get_state())
 
 
-def fit_refiner(
-    recipe: Recipe,
-    state: RefinerState,
-    logits: Logits,
-    labels: NDArray[np.int64],
-    seed: int,
-) -> Refiner:
-    """`final_epochs` epochs of the cross entropy of (4) on one prompt's scores `(N, C)`."""
+def refiner_alone(recipe: Recipe, logits: Logits, labels: NDArray[np.int64], seed: int) -> Refiner:
+    """A refiner without a search: `epochs_alone` epochs on one pass's scores `(N, C)`."""
+    state = fresh_refiner(recipe, logits.shape[1], seed)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(recipe.final_epochs):
+    for _ in range(recipe.epochs_alone):
         state = train_epoch(
             state,
             torch.from_numpy(logits),
             torch.tensor(labels),
-            weight=0.0,
+            weight=0.0,  # with the plain scores as target, consistency would only hold it back
             adam=recipe.adam,
             batch_size=recipe.batch_size,
             generator=generator,
         )
     return state.refiner
+
+
+def refined(refiner: Refiner, logits: Logits) -> Logits:
+    """`Y_O` (2) of centred logits `(..., C)`, as numpy."""
+    result: Logits = refine(refiner, torch.from_numpy(logits)).numpy()
+    return result
 
 
 def fresh_refiner(recipe: Recipe, n_classes: int, seed: int) -> RefinerState:

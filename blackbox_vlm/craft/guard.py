@@ -8,13 +8,17 @@ favours it: what is deployed instead has beaten it with less data than it will b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from blackbox_vlm.craft.craft import Logits, refined, refiner_alone
+from blackbox_vlm.craft.recipes import Recipe
+from blackbox_vlm.craft.refine import Refiner
 from blackbox_vlm.scores import log_probabilities
 
 
@@ -61,6 +65,45 @@ def stratified_folds(labels: NDArray[np.int64], n_folds: int, seed: int) -> NDAr
         folds[members] = (start + np.arange(len(members))) % n_folds
         start += len(members)
     return folds
+
+
+class FoldSearch(NamedTuple):
+    """What a search on one fold left: all images under its prompt `(N, C)`, and its refiner."""
+
+    logits: Logits
+    refiner: Refiner
+
+
+def judge(
+    recipe: Recipe,
+    seed: int,
+    labels: NDArray[np.int64],
+    plain: Logits,
+    members: Sequence[Sequence[int]],
+    searches: Sequence[FoldSearch] = (),
+) -> Verdict:
+    """Choose a strategy by out-of-fold predictions.
+
+    Args:
+        recipe, seed: of the run.
+        labels: `(N,)`.
+        plain: zero-shot logits, `(N, C)`.
+        members: for each fold, the images that its models may learn from; the others are judged.
+        searches: for each fold, its search; without any, only zero-shot and refiner compete.
+    """
+    names = tuple(Strategy) if searches else (Strategy.ZERO_SHOT, Strategy.REFINER)
+    out = {name: np.empty_like(plain) for name in names}
+    for fold, indices in enumerate(members):
+        held = np.ones(len(plain), dtype=bool)
+        held[list(indices)] = False
+        alone = refiner_alone(recipe, plain[~held], labels[~held], seed)
+        out[Strategy.ZERO_SHOT][held] = plain[held]
+        out[Strategy.REFINER][held] = refined(alone, plain[held])
+        if searches:
+            logits, refiner = searches[fold]
+            out[Strategy.PROMPT][held] = logits[held]
+            out[Strategy.BOTH][held] = refined(refiner, logits[held])
+    return decide(out, labels)
 
 
 def decide(logits: Mapping[Strategy, NDArray[np.float32]], labels: NDArray[np.int64]) -> Verdict:

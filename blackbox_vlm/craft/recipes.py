@@ -37,13 +37,13 @@ class Recipe:
     consistency_share: float = 1.0  # the first part of the search in which (4) has its w term
     refine_on: Literal["elite", "mean"] = "elite"  # whose scores an epoch of (4) sees
     views: int = 0  # augmented views of each image for "mean"; 0: the images themselves
-    final_epochs: int = 0  # epochs of (4) on the deployed prompt's scores, after the search
+    epochs_alone: int = 100  # of a refiner that is trained without a search
     # guard
     folds: int = 2  # 0: no guard, both modules are deployed
     fold_share: float = 0.25  # of the generations, for the search of each fold
 
 
-CRAFT = Recipe(name="craft", final_epochs=100)
+CRAFT = Recipe(name="craft")
 
 CRAFT_PAPER = Recipe(
     name="craft-paper",

@@ -52,7 +52,7 @@ def to_bytes(saved: Saved) -> bytes:
         "steps": [f.refiner.steps for f in saved.finished] + [saved.now.refiner.steps],
         "trajectory": saved.trajectory,
     }
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.array(array, order="C") for name, array in arrays.items()}
     return save(contiguous, metadata={"notes": json.dumps(notes)})
 
 

@@ -1,0 +1,498 @@
+"""The meter: what a backend does decides what is charged, kept, sent again and learned from."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from doubles import (
+    BillingBackend,
+    LinearWorld,
+    ScriptedBackend,
+    billed,
+    declare,
+    first_is,
+    images,
+    other_model,
+    scores,
+    too_few,
+    with_values,
+)
+
+from blackbox_vlm.backend import (
+    Access,
+    Answer,
+    Array,
+    ImageEmbeddings,
+    Labels,
+    Price,
+    Request,
+    ScoreKind,
+    TextScores,
+    query_key,
+)
+from blackbox_vlm.errors import (
+    AuthError,
+    BudgetError,
+    ContractError,
+    InputError,
+    Interrupted,
+    NotSent,
+    Refused,
+    StorageError,
+    UnknownOutcome,
+)
+from blackbox_vlm.ledger import Entry, Ledger
+from blackbox_vlm.meter import Meter
+from blackbox_vlm.running import run_sync
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.sqlite"
+
+
+@pytest.fixture
+def ledger(path: Path) -> Iterator[Ledger]:
+    with Ledger(path, 100) as ledger:
+        yield ledger
+
+
+def ask(meter: Meter, *observations: Request, purpose: str = "search") -> list[Array]:
+    return run_sync(meter.observe(observations, purpose))
+
+
+def counts(ledger: Ledger) -> tuple[int, int, int]:
+    """Charged, of them unknown, of them open."""
+    totals = ledger.totals()
+    return totals.queries, totals.unknown, totals.open
+
+
+# -- the good case --------------------------------------------------------------------------
+
+
+def test_answers_arrive_in_the_order_of_the_questions(ledger: Ledger) -> None:
+    world = LinearWorld(declare(requests_per_batch=3, concurrency=2))
+    questions = [scores(index, texts=2 + index) for index in range(8)]
+    results = ask(Meter(world, ledger), *questions)
+    for question, result in zip(questions, results, strict=True):
+        np.testing.assert_array_equal(result, world.values(question))
+    assert sorted(world.requests, key=str) == sorted(questions, key=str)
+    assert world.asked == 3
+    assert counts(ledger) == (8, 0, 0)
+
+
+def test_what_is_known_is_replayed_to_the_bit_without_the_backend(
+    ledger: Ledger, path: Path
+) -> None:
+    world = LinearWorld()
+    first = ask(Meter(world, ledger), scores(1), scores(2))
+    with Ledger(path) as again:
+        meter = Meter(ScriptedBackend(world, [AssertionError("asked")]), again)
+        second = ask(meter, scores(2), scores(1), purpose="anything")
+    assert [a.tobytes() for a in first] == [a.tobytes() for a in reversed(second)]
+    assert (world.asked, ledger.spent()) == (2, 2)
+
+
+def test_labels_are_replayed_as_integers(ledger: Ledger) -> None:
+    world = LinearWorld(declare(Access.LABEL))
+    question = Labels(images(5), ("a", "b", "c"))
+    [first], [second] = ask(Meter(world, ledger), question), ask(Meter(world, ledger), question)
+    assert first.dtype == second.dtype == np.int64
+    np.testing.assert_array_equal(first, second)
+    assert world.asked == 1
+
+
+def test_the_same_question_is_paid_once(ledger: Ledger) -> None:
+    world = LinearWorld(declare(concurrency=4))
+    results = ask(Meter(world, ledger), scores(1), scores(2), scores(1))
+    np.testing.assert_array_equal(results[0], results[2])
+    assert (len(world.requests), ledger.spent()) == (2, 2)
+
+
+def test_every_part_of_an_observation_is_one_query(ledger: Ledger) -> None:
+    price = Price(per_request=0.01, per_image=0.001, per_text=0.0001)
+    capabilities = declare(images_per_request=2, texts_per_request=4, price=price)
+    question = TextScores(images(3), tuple("abcdef"))
+    spent: list[int] = []
+    meter = Meter(LinearWorld(capabilities), ledger, on_spent=spent.append)
+    assert ask(meter, question)[0].shape == (3, 6)
+    totals = ledger.totals()
+    assert (totals.queries, totals.images, totals.texts) == (4, 6, 12)
+    assert totals.cost == pytest.approx(4 * 0.01 + 6 * 0.001 + 12 * 0.0001, abs=1e-12)
+    assert spent == [1, 2, 3, 4]
+
+
+def test_nothing_asked_is_nothing_spent(ledger: Ledger) -> None:
+    world = LinearWorld()
+    assert ask(Meter(world, ledger)) == []
+    assert (world.asked, ledger.spent()) == (0, 0)
+
+
+def test_two_models_share_no_answer(ledger: Ledger) -> None:
+    """Row 47: one cache, two models."""
+    other = LinearWorld(declare(model_id="another"))
+    ask(Meter(LinearWorld(), ledger), scores(1))
+    ask(Meter(other, ledger), scores(1))
+    assert (other.asked, ledger.spent()) == (1, 2)
+
+
+# -- what the backend does, and what it costs -----------------------------------------------
+
+LOST = UnknownOutcome("the connection was reset")
+FAULTS: list[Any] = [
+    # fault, capabilities, error, charged, unknown
+    (NotSent("no route"), {}, NotSent, 0, 0),
+    (InputError("too many texts"), {}, InputError, 0, 0),
+    (Refused("422"), {}, Refused, 1, 0),
+    (Refused("422"), {"refusals_free": True}, Refused, 0, 0),
+    (AuthError("401"), {}, AuthError, 1, 0),
+    (AuthError("401"), {"refusals_free": True}, AuthError, 0, 0),
+    (LOST, {}, UnknownOutcome, 1, 1),
+    (LOST, {"refusals_free": True}, UnknownOutcome, 1, 1),
+    (ContractError("not JSON"), {}, ContractError, 1, 1),
+    (RuntimeError("a bug in a plugin"), {}, RuntimeError, 1, 1),
+    (asyncio.CancelledError(), {}, asyncio.CancelledError, 1, 1),
+    (too_few, {}, ContractError, 1, 1),
+    (other_model, {}, ContractError, 1, 1),
+    (with_values(lambda v: v[:, :-1]), {}, ContractError, 1, 1),
+    (with_values(lambda v: v.T), {}, ContractError, 1, 1),
+    (with_values(lambda v: v[0]), {}, ContractError, 1, 1),
+    (with_values(lambda v: v.astype(str)), {}, ContractError, 1, 1),
+    (with_values(lambda v: v > 0), {}, ContractError, 1, 1),
+    (with_values(lambda v: v.astype(object)), {}, ContractError, 1, 1),
+    (with_values(lambda v: v.tolist()), {}, AttributeError, 1, 1),
+    (first_is(np.nan), {}, ContractError, 1, 1),
+    (first_is(np.inf), {}, ContractError, 1, 1),
+    (first_is(np.inf), {"top_k": 2}, ContractError, 1, 1),
+    (with_values(lambda v: v * np.nan), {"top_k": 2}, ContractError, 1, 1),
+    (first_is(1.5), {"score_kind": ScoreKind.SOFTMAX}, ContractError, 1, 1),
+    (first_is(-0.5), {"score_kind": ScoreKind.SIGMOID}, ContractError, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("fault", "changes", "error", "charged", "unknown"), FAULTS)
+def test_what_a_fault_costs(
+    ledger: Ledger,
+    fault: Any,
+    changes: dict[str, Any],
+    error: type[BaseException],
+    charged: int,
+    unknown: int,
+) -> None:
+    world = LinearWorld(declare(**changes))
+    meter = Meter(ScriptedBackend(world, [None, fault]), ledger)
+    ask(meter, scores(1))
+    with pytest.raises(error):
+        ask(meter, scores(2))
+    assert world.asked == 2  # never sent again by the meter
+    assert counts(ledger) == (1 + charged, unknown, 0)
+    key = query_key(scores(2), world.capabilities.model_id)
+    assert ledger.answer(key) is None  # an error is never stored (row 46)
+
+
+@pytest.mark.parametrize(
+    "fault", [first_is(3), first_is(-1), with_values(lambda v: v + 0.5)], ids=["3", "-1", "0.5"]
+)
+def test_labels_that_name_nothing(ledger: Ledger, fault: Any) -> None:
+    backend = ScriptedBackend(LinearWorld(declare(Access.LABEL)), [fault])
+    with pytest.raises(ContractError):
+        ask(Meter(backend, ledger), Labels(images(2), ("a", "b", "c")))
+    assert counts(ledger) == (1, 1, 0)
+
+
+def test_top_k_declares_gaps_in_scores_only(ledger: Ledger) -> None:
+    world = LinearWorld(declare(top_k=2))
+    [result] = ask(Meter(world, ledger), scores(1, texts=5))
+    assert np.isfinite(result).all()
+    backend = ScriptedBackend(LinearWorld(declare(Access.EMBEDDINGS, top_k=2)), [first_is(np.nan)])
+    with pytest.raises(ContractError, match="finite"):
+        ask(Meter(backend, ledger), ImageEmbeddings(images(2)))
+
+
+def test_rounding_may_lift_a_probability_over_one(ledger: Ledger) -> None:
+    capabilities = declare(score_kind=ScoreKind.SOFTMAX)
+    backend = ScriptedBackend(LinearWorld(capabilities), [first_is(1.0000001)])
+    ask(Meter(backend, ledger), scores(1))
+    assert counts(ledger) == (1, 0, 0)
+
+
+def test_a_fault_in_a_batch_is_charged_for_the_batch(ledger: Ledger) -> None:
+    world = LinearWorld(declare(requests_per_batch=4))
+    backend = ScriptedBackend(world, [None, LOST])
+    with pytest.raises(UnknownOutcome):
+        ask(Meter(backend, ledger), *map(scores, range(12)))
+    assert counts(ledger) == (8, 4, 0)  # the third batch did not leave
+    assert world.asked == 2
+
+
+def test_after_a_refund_the_question_may_be_asked_again(ledger: Ledger) -> None:
+    meter = Meter(ScriptedBackend(LinearWorld(), [NotSent("no route")]), ledger)
+    with pytest.raises(NotSent):
+        ask(meter, scores(1))
+    ask(meter, scores(1))
+    assert counts(ledger) == (1, 0, 0)
+
+
+def test_after_a_refused_key_the_run_goes_on(ledger: Ledger) -> None:
+    meter = Meter(ScriptedBackend(LinearWorld(), [AuthError("401")]), ledger)
+    with pytest.raises(AuthError):
+        ask(meter, scores(1))
+    ask(meter, scores(1))
+    assert counts(ledger) == (2, 0, 0)
+
+
+def test_a_lost_answer_stops_the_next_run_too(ledger: Ledger) -> None:
+    world = LinearWorld()
+    meter = Meter(ScriptedBackend(world, [LOST]), ledger)
+    with pytest.raises(UnknownOutcome):
+        ask(meter, scores(1))
+    with pytest.raises(UnknownOutcome, match="on-lost resend"):
+        ask(meter, scores(1))
+    assert (world.asked, ledger.spent()) == (1, 1)
+
+
+def test_resending_is_paid(ledger: Ledger) -> None:
+    world = LinearWorld()
+    meter = Meter(ScriptedBackend(world, [LOST]), ledger, on_lost="resend")
+    with pytest.raises(UnknownOutcome):
+        ask(meter, scores(1))
+    ask(meter, scores(1))
+    assert world.asked == 2
+    assert counts(ledger) == (2, 1, 0)
+
+
+def test_an_idempotent_endpoint_bills_a_lost_answer_once(ledger: Ledger, tmp_path: Path) -> None:
+    world = BillingBackend(LinearWorld(), tmp_path / "bill", honours_keys=True)
+    backend = ScriptedBackend(world, [lambda answers: (_ for _ in ()).throw(LOST)])  # type: ignore[arg-type]
+    meter = Meter(backend, ledger)
+    with pytest.raises(UnknownOutcome):
+        ask(meter, scores(1))
+    assert counts(ledger) == (1, 1, 0)
+    ask(meter, scores(1))
+    assert counts(ledger) == (1, 0, 0)
+    assert len(billed(tmp_path / "bill")) == 1
+
+
+@pytest.mark.parametrize("second", [NotSent("no route"), Refused("429")])
+def test_a_resend_that_fails_does_not_refund_the_first(
+    ledger: Ledger, tmp_path: Path, second: Exception
+) -> None:
+    """Billed once, lost, sent again and refused: the bill is still there."""
+    inner = LinearWorld(declare(refusals_free=True))
+    world = BillingBackend(inner, tmp_path / "bill", honours_keys=True)
+    meter = Meter(ScriptedBackend(world, [with_values(_lose), second]), ledger)  # type: ignore[arg-type]
+    with pytest.raises(UnknownOutcome):
+        ask(meter, scores(1))
+    with pytest.raises(type(second)):
+        ask(meter, scores(1))
+    assert len(billed(tmp_path / "bill")) == 1 == ledger.spent()
+
+
+def _lose(values: Array) -> Array:
+    raise LOST
+
+
+# -- the budget -----------------------------------------------------------------------------
+
+
+def test_the_budget_is_spent_to_the_last_query_and_no_further(path: Path) -> None:
+    world = LinearWorld(declare(concurrency=8))
+    with Ledger(path, 10) as ledger:
+        with pytest.raises(BudgetError):
+            ask(Meter(world, ledger), *map(scores, range(50)))
+        assert len(world.requests) == 10
+        assert counts(ledger) == (10, 0, 0)
+
+
+def test_a_batch_that_the_budget_cannot_pay_does_not_leave(path: Path) -> None:
+    world = LinearWorld(declare(requests_per_batch=4))
+    with Ledger(path, 10) as ledger:
+        with pytest.raises(BudgetError, match="4 more are wanted"):
+            ask(Meter(world, ledger), *map(scores, range(12)))
+        assert (len(world.requests), ledger.spent()) == (8, 8)
+
+
+def test_money_stops_the_meter(path: Path) -> None:
+    world = LinearWorld(declare(price=Price(per_request=0.3)))
+    with Ledger(path, 10, max_cost=1.0) as ledger:
+        with pytest.raises(BudgetError, match="USD"):
+            ask(Meter(world, ledger), *map(scores, range(5)))
+        assert (world.asked, ledger.totals().cost) == (3, 0.9)
+
+
+# -- in parallel ----------------------------------------------------------------------------
+
+
+class Gate(LinearWorld):
+    """A world that answers only when all its places are taken, and does something then."""
+
+    def __init__(self, places: int, then: Callable[[int], Awaitable[None]]) -> None:
+        super().__init__(declare(concurrency=places))
+        self._full, self._then, self._places = asyncio.Event(), then, places
+
+    async def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        place = self.asked
+        answers = await super().answer(requests)
+        if self.asked >= self._places:
+            self._full.set()
+        await self._full.wait()
+        await self._then(place)
+        return answers
+
+
+def test_an_error_lets_the_others_finish_and_nobody_start(ledger: Ledger) -> None:
+    async def then(place: int) -> None:
+        if place == 1:
+            raise AuthError("401")
+
+    world = Gate(4, then)
+    with pytest.raises(AuthError):
+        ask(Meter(world, ledger), *map(scores, range(40)))
+    # the others were answered; those that finished before the refusal may have taken one more
+    assert 4 <= world.asked <= 5
+    assert counts(ledger) == (world.asked, 0, 0)
+    assert ledger._db.execute("SELECT count(*) FROM answer").fetchone()[0] == world.asked - 1
+
+
+def test_a_stop_settles_what_is_in_flight_and_the_next_run_goes_on(
+    ledger: Ledger, path: Path
+) -> None:
+    """Row 39: Ctrl-C once."""
+    stop = False
+
+    async def then(place: int) -> None:
+        nonlocal stop
+        stop = True
+
+    world = Gate(4, then)
+    with pytest.raises(Interrupted, match="everything settled is kept"):
+        ask(Meter(world, ledger, should_stop=lambda: stop), *map(scores, range(10)))
+    assert world.asked == 4
+    assert counts(ledger) == (4, 0, 0)
+    rest = LinearWorld()
+    with Ledger(path) as again:
+        results = ask(Meter(rest, again), *map(scores, range(10)))
+        assert (len(results), rest.asked, again.spent()) == (10, 6, 10)
+
+
+def test_a_second_interrupt_leaves_what_is_in_flight_charged(ledger: Ledger) -> None:
+    """Row 39: Ctrl-C twice cancels the run; nothing is sent again and the books add up."""
+
+    async def main() -> None:
+        async def then(place: int) -> None:
+            task.cancel()
+            await asyncio.Event().wait()
+
+        world = Gate(3, then)
+        task = asyncio.ensure_future(
+            Meter(world, ledger).observe([scores(i) for i in range(9)], "search")
+        )
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert world.asked == 3
+
+    asyncio.run(main())
+    assert counts(ledger) == (3, 3, 0)
+
+
+def test_no_more_batches_in_flight_than_declared(ledger: Ledger) -> None:
+    flying, most = 0, 0
+
+    class Counting(LinearWorld):
+        async def answer(self, requests: Sequence[Request]) -> list[Answer]:
+            nonlocal flying, most
+            flying += 1
+            most = max(most, flying)
+            await asyncio.sleep(0)
+            flying -= 1
+            return await super().answer(requests)
+
+    ask(Meter(Counting(declare(concurrency=3)), ledger), *map(scores, range(20)))
+    assert most == 3
+
+
+def test_it_works_inside_a_running_loop(ledger: Ledger) -> None:
+    async def notebook() -> list[Array]:
+        return ask(Meter(LinearWorld(), ledger), scores(1))
+
+    assert len(asyncio.run(notebook())) == 1
+
+    async def failing() -> None:
+        ask(Meter(ScriptedBackend(LinearWorld(), [LOST]), ledger), scores(2))
+
+    with pytest.raises(UnknownOutcome):
+        asyncio.run(failing())
+
+
+# -- storage --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["query_only = ON", "max_page_count = 1"])
+def test_no_request_leaves_when_it_cannot_be_reserved(ledger: Ledger, fault: str) -> None:
+    """Row 41: read-only, disk full."""
+    world = LinearWorld(declare(requests_per_batch=40))
+    meter = Meter(world, ledger)
+    ask(meter, scores(0))
+    ledger._db.execute(f"PRAGMA {fault}")
+    with pytest.raises(StorageError):
+        ask(meter, *map(scores, range(1, 80)))
+    assert (world.asked, ledger.spent()) == (1, 1)
+
+
+class FailingWrites:
+    """A connection whose n-th write and all later ones fail, as a dying disk."""
+
+    def __init__(self, db: sqlite3.Connection, nth: int) -> None:
+        self._db, self._left = db, nth
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        if sql.split()[0] in {"BEGIN", "UPDATE", "INSERT", "COMMIT", "DELETE"}:
+            self._left -= 1
+            if self._left < 0:
+                raise sqlite3.OperationalError("disk I/O error")
+        return self._db.execute(sql, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+
+@pytest.mark.parametrize("nth", range(24))
+def test_the_nth_write_fails(path: Path, nth: int) -> None:
+    """Row 41: wherever the disk fails, every request that left is charged on disk."""
+    world = LinearWorld()
+    with Ledger(path, 100) as ledger:
+        db = ledger._db
+        ledger._db = FailingWrites(db, nth)  # type: ignore[assignment]
+        with pytest.raises(StorageError, match="disk I/O error"):
+            ask(Meter(world, ledger), *map(scores, range(10)))
+        ledger._db = db
+    with Ledger(path) as again:
+        charged, unknown, still_open = counts(again)
+        assert world.asked == charged
+        assert (unknown, still_open) in {(0, 0), (0, 1)}
+
+
+def test_a_poisoned_answer_is_not_replayed(ledger: Ledger) -> None:
+    """Row 46: what the ledger holds is checked as if it came from the endpoint."""
+    world = LinearWorld()
+    meter = Meter(world, ledger)
+    ask(meter, scores(1))
+    poison = np.full((1, 3), np.nan, np.float32).tobytes()
+    ledger._db.execute("UPDATE answer SET data = ?", (poison,))
+    with pytest.raises(StorageError, match="backup"):
+        ask(meter, scores(1))
+    assert world.asked == 1
+
+
+def test_an_open_attempt_of_another_process_is_not_asked_twice(ledger: Ledger) -> None:
+    world = LinearWorld()
+    ledger.reserve([Entry(query_key(scores(1), world.capabilities.model_id), "search", 1, 3)])
+    with pytest.raises(UnknownOutcome):
+        ask(Meter(world, ledger), scores(1))
+    assert (world.asked, ledger.spent()) == (0, 1)
