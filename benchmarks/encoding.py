@@ -23,10 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
-
 from blackbox_vlm.backends._torchvision import ensure_torchvision
 from blackbox_vlm.backends.dual_encoder import (
     CONVOLUTIONAL_BATCH,
@@ -34,6 +30,9 @@ from blackbox_vlm.backends.dual_encoder import (
     DualEncoder,
 )
 from blackbox_vlm.backends.image_tower import fast_image_tower
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
 EMBEDDED = f"local-dir:{files('blackbox_vlm') / 'models' / 'nano-dual'}"
 NAMES = [

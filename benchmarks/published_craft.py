@@ -113,8 +113,9 @@ class PublishedCraft:
         self._refiner = Refiner(len(names)).to(features.device)
         self._adam = torch.optim.Adam(self._refiner.parameters(), lr=LEARNING_RATE)
         options = {"popsize": POPULATION, "bounds": [-BOUND, BOUND], "seed": seed + 1}
-        quiet = {"verbose": -9}
-        self._search = cma.CMAEvolutionStrategy(DIMENSION * [0], SIGMA, options | quiet)
+        steps = cma.sigma_adaptation.CMAAdaptSigmaCSA  # newer ones do not let us ask twice
+        options |= {"AdaptSigma": steps, "verbose": -9}
+        self._search = cma.CMAEvolutionStrategy(DIMENSION * [0], SIGMA, options)
         self.best: list[float] = []  # lowest fitness of each generation
 
     def generation(self) -> None:

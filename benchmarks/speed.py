@@ -56,6 +56,7 @@ from blackbox_vlm.running import run_sync
 from blackbox_vlm.search import CraftRun, Progress
 
 TURN = 5  # generations of one side, then as many of the other
+ENCODED_AT_ONCE = 4  # images; more is slower on a CPU
 WARM_UP = 2  # generations of each before anything is timed
 OPTIMISER = "optimiser (ask, tell)"
 WATCHED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
@@ -169,8 +170,8 @@ class Reference:
 def encoded(model: Any, preprocess: Any, task: Task, device: torch.device) -> torch.Tensor:
     """The images' normalised vectors, `(N, dim)`, by open_clip alone."""
     rows = []
-    for at in range(0, len(task), 32):
-        pictures = [preprocess(image.load()) for image in task.images[at : at + 32]]
+    for at in range(0, len(task), ENCODED_AT_ONCE):
+        pictures = [preprocess(i.load()) for i in task.images[at : at + ENCODED_AT_ONCE]]
         rows.append(model.encode_image(torch.stack(pictures).to(device), normalize=True))
     return torch.cat(rows)
 

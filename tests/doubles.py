@@ -125,18 +125,20 @@ Fault = BaseException | Callable[[list[Answer]], list[Answer]]
 class ScriptedBackend:
     """Another backend that fails as scripted: one step per batch, then it behaves.
 
-    A step is an exception to raise, a function that spoils the answers, or None.
+    A step is an exception to raise, a function that spoils the answers, or None. `asked` counts
+    batches, the failed ones too.
     """
 
-    def __init__(self, inner: LinearWorld, script: Iterable[Fault | None]) -> None:
+    def __init__(self, inner: Backend, script: Iterable[Fault | None]) -> None:
         self.inner = inner
         self.capabilities = inner.capabilities
+        self.asked = 0
         self._script = iter(script)
 
     async def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        self.asked += 1
         step = next(self._script, None)
         if isinstance(step, BaseException):
-            self.inner.asked += 1
             raise step
         answers = await self.inner.answer(requests)
         return answers if step is None else step(answers)

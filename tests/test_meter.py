@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ledger(path: Path) -> Iterator[Ledger]:
-    with Ledger(path, 100) as ledger:
+    with Ledger(path, 500) as ledger:
         yield ledger
 
 
@@ -186,11 +186,12 @@ def test_what_a_fault_costs(
     unknown: int,
 ) -> None:
     world = LinearWorld(declare(**changes))
-    meter = Meter(ScriptedBackend(world, [None, fault]), ledger)
+    backend = ScriptedBackend(world, [None, fault])
+    meter = Meter(backend, ledger)
     ask(meter, scores(1))
     with pytest.raises(error):
         ask(meter, scores(2))
-    assert world.asked == 2  # never sent again by the meter
+    assert backend.asked == 2  # never sent again by the meter
     assert counts(ledger) == (1 + charged, unknown, 0)
     key = query_key(scores(2), world.capabilities.model_id)
     assert ledger.answer(key) is None  # an error is never stored (row 46)
@@ -228,7 +229,7 @@ def test_a_fault_in_a_batch_is_charged_for_the_batch(ledger: Ledger) -> None:
     with pytest.raises(UnknownOutcome):
         ask(Meter(backend, ledger), *map(scores, range(12)))
     assert counts(ledger) == (8, 4, 0)  # the third batch did not leave
-    assert world.asked == 2
+    assert backend.asked == 2
 
 
 def test_after_a_refund_the_question_may_be_asked_again(ledger: Ledger) -> None:
@@ -248,29 +249,28 @@ def test_after_a_refused_key_the_run_goes_on(ledger: Ledger) -> None:
 
 
 def test_a_lost_answer_stops_the_next_run_too(ledger: Ledger) -> None:
-    world = LinearWorld()
-    meter = Meter(ScriptedBackend(world, [LOST]), ledger)
+    backend = ScriptedBackend(LinearWorld(), [LOST])
+    meter = Meter(backend, ledger)
     with pytest.raises(UnknownOutcome):
         ask(meter, scores(1))
     with pytest.raises(UnknownOutcome, match="on-lost resend"):
         ask(meter, scores(1))
-    assert (world.asked, ledger.spent()) == (1, 1)
+    assert (backend.asked, ledger.spent()) == (1, 1)
 
 
 def test_resending_is_paid(ledger: Ledger) -> None:
-    world = LinearWorld()
-    meter = Meter(ScriptedBackend(world, [LOST]), ledger, on_lost="resend")
+    backend = ScriptedBackend(LinearWorld(), [LOST])
+    meter = Meter(backend, ledger, on_lost="resend")
     with pytest.raises(UnknownOutcome):
         ask(meter, scores(1))
     ask(meter, scores(1))
-    assert world.asked == 2
+    assert backend.asked == 2
     assert counts(ledger) == (2, 1, 0)
 
 
 def test_an_idempotent_endpoint_bills_a_lost_answer_once(ledger: Ledger, tmp_path: Path) -> None:
     world = BillingBackend(LinearWorld(), tmp_path / "bill", honours_keys=True)
-    backend = ScriptedBackend(world, [lambda answers: (_ for _ in ()).throw(LOST)])  # type: ignore[arg-type]
-    meter = Meter(backend, ledger)
+    meter = Meter(ScriptedBackend(world, [with_values(_lose)]), ledger)
     with pytest.raises(UnknownOutcome):
         ask(meter, scores(1))
     assert counts(ledger) == (1, 1, 0)
@@ -286,7 +286,7 @@ def test_a_resend_that_fails_does_not_refund_the_first(
     """Billed once, lost, sent again and refused: the bill is still there."""
     inner = LinearWorld(declare(refusals_free=True))
     world = BillingBackend(inner, tmp_path / "bill", honours_keys=True)
-    meter = Meter(ScriptedBackend(world, [with_values(_lose), second]), ledger)  # type: ignore[arg-type]
+    meter = Meter(ScriptedBackend(world, [with_values(_lose), second]), ledger)
     with pytest.raises(UnknownOutcome):
         ask(meter, scores(1))
     with pytest.raises(type(second)):
@@ -350,14 +350,15 @@ def test_an_error_lets_the_others_finish_and_nobody_start(ledger: Ledger) -> Non
     async def then(place: int) -> None:
         if place == 1:
             raise AuthError("401")
+        await asyncio.sleep(0)  # the refusal is first
 
     world = Gate(4, then)
     with pytest.raises(AuthError):
         ask(Meter(world, ledger), *map(scores, range(40)))
-    # the others were answered; those that finished before the refusal may have taken one more
-    assert 4 <= world.asked <= 5
-    assert counts(ledger) == (world.asked, 0, 0)
-    assert ledger._db.execute("SELECT count(*) FROM answer").fetchone()[0] == world.asked - 1
+    assert world.asked == 4
+    assert counts(ledger) == (4, 0, 0)
+    keys = [query_key(scores(index), world.capabilities.model_id) for index in range(4)]
+    assert [ledger.answer(key) is not None for key in keys] == [True, False, True, True]
 
 
 def test_a_stop_settles_what_is_in_flight_and_the_next_run_goes_on(
@@ -441,8 +442,8 @@ def test_no_request_leaves_when_it_cannot_be_reserved(ledger: Ledger, fault: str
     ask(meter, scores(0))
     ledger._db.execute(f"PRAGMA {fault}")
     with pytest.raises(StorageError):
-        ask(meter, *map(scores, range(1, 80)))
-    assert (world.asked, ledger.spent()) == (1, 1)
+        ask(meter, *map(scores, range(1, 400)))
+    assert len(world.requests) == ledger.spent() <= 81
 
 
 class FailingWrites:

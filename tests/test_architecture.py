@@ -1,0 +1,162 @@
+"""The one-way imports, the light start and the public names: the tree as a newcomer reads it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import blackbox_vlm.backends
+import pytest
+
+import blackbox_vlm
+
+PACKAGE = Path(blackbox_vlm.__file__).parent
+BACKENDS = Path(blackbox_vlm.backends.__file__).parent
+REPOSITORY = Path(__file__).parent.parent
+
+# Rooms from the ground up; a module imports only from lower rooms or its own.
+LAYERS = [
+    {"_version", "errors"},
+    {"images", "_classes", "_layout", "augment", "running", "demo"},
+    {"task", "backend"},
+    {"scores"},
+    {"batching", "ledger"},
+    {"meter"},
+    {"craft", "observations"},
+    {"plan"},
+    {"search"},
+    {"adapter", "progress"},
+    {"run_directory", "evaluation"},
+    {"tuning"},
+    {"settings", "console"},
+    {"cli"},
+    {"__main__", "__init__", "testing"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE / "craft").glob("*.py"))
+
+
+def room(path: Path) -> str:
+    return "craft" if path.parent.name == "craft" else path.stem
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file names in an import, typing-only ones included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def rooms_used(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imports(path)]
+    return {p[1] for p in parts if p[0] == "blackbox_vlm" and len(p) > 1 and p[1] in LEVEL}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: f"{room(p)}:{p.stem}")
+def test_imports_go_one_way(path: Path) -> None:
+    here = room(path)
+    assert here in LEVEL, f"{path.name} has no place in LAYERS"
+    higher = {r for r in rooms_used(path) if r != here and LEVEL[r] > LEVEL[here]}
+    sideways = {r for r in rooms_used(path) if r != here and LEVEL[r] == LEVEL[here]}
+    assert not higher, f"{here} reaches up to {higher}"
+    allowed = [{"_classes", "_layout", "augment", "images"}, {"craft", "observations"}]
+    assert not sideways or any({here, *sideways} <= group for group in allowed), sideways
+
+
+FORBIDDEN_IN_METHODS = {
+    "httpx",
+    "sqlite3",
+    "socket",
+    "os",
+    "pathlib",
+    "time",
+    "asyncio",
+    "random",
+    "pickle",
+}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "craft").glob("*.py")), ids=lambda p: p.stem)
+def test_methods_know_no_endpoint_file_clock_or_budget(path: Path) -> None:
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert not tops & FORBIDDEN_IN_METHODS
+    assert not rooms_used(path) & {"meter", "ledger", "batching", "tuning", "task", "images"}
+
+
+def test_only_the_meter_calls_a_backend() -> None:
+    callers = set()
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr == "answer":
+                owner = ast.unparse(node.value)
+                if "backend" in owner:
+                    callers.add(path.stem)
+    assert callers - {"testing"} == {"meter"}
+
+
+def test_backends_know_no_budget() -> None:
+    for path in BACKENDS.glob("*.py"):
+        assert not rooms_used(path) - {"backend", "errors", "images"}, path
+
+
+UNSAFE = ("import pickle", "torch.load(", "np.random.seed", "torch.manual_seed", "allow_pickle")
+
+
+@pytest.mark.parametrize("path", [*sources(), *sorted(BACKENDS.glob("*.py"))], ids=lambda p: p.stem)
+def test_nothing_pickles_or_seeds_globally(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not [word for word in UNSAFE if word in text]
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.strip()
+
+
+def test_starting_is_light() -> None:
+    heavy = python(
+        "import sys, blackbox_vlm, blackbox_vlm.cli;"
+        "print(sorted({'torch', 'numpy', 'open_clip', 'scipy', 'rich', 'PIL'} & set(sys.modules)))"
+    )
+    assert heavy == "[]"
+
+
+def test_reading_data_needs_no_torch() -> None:
+    assert python("import sys, blackbox_vlm.task; print('torch' in sys.modules)") == "False"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in blackbox_vlm.__all__:
+        assert getattr(blackbox_vlm, name) is not None
+    assert len(blackbox_vlm.__all__) <= 17
+    assert callable(blackbox_vlm.tune)  # and is no module of that name
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = blackbox_vlm.nothing
+
+
+def test_the_readme_tells_no_lies_about_the_tree() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for name in (
+        "task.py",
+        "backend.py",
+        "ledger.py",
+        "meter.py",
+        "plan.py",
+        "search.py",
+        "tuning.py",
+        "adapter.py",
+        "evaluation.py",
+    ):
+        assert name in readme
+        assert (PACKAGE / name).exists()
