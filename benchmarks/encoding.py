@@ -2,8 +2,10 @@
 
     python benchmarks/encoding.py [--images FOLDER] [--towers ViT-B-32 RN50] [--threads 2]
 
-Rates are the best of several interleaved rounds, on the same threads and the same batches. The other
-processes of the machine disturb every column alike, so trust the ratios more than the rates.
+Rates are the best of several interleaved rounds, on the same threads and the same batches; before
+each timed run stands an untimed one, while the threads of the column before stop spinning. What
+else runs on the machine disturbs all columns, not quite alike: trust ratios more than rates, and
+repeat.
 Wants the extra `bench` (onnx, onnxruntime); without it the ONNX columns stay empty.
 """
 
@@ -68,22 +70,18 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=Path, help="folder of pictures; default: generated ones")
     parser.add_argument("--towers", nargs="*", default=["ViT-B-32", "RN50"], help="open_clip names")
-    parser.add_argument("--count", type=int, default=32, help="images per round (default 32)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=8, help="images per round (default 8)")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--candidates", type=int, default=40)
     return parser.parse_args()
 
 
 def _say_where(threads: int) -> None:
-    print(
-        f"{platform.machine()}, {_processor()}, {threads} threads, Python {platform.python_version()}"
-    )
-    print(
-        ", ".join(
-            f"{name} {_version(name)}" for name in ("torch", "open_clip_torch", "onnxruntime")
-        )
-    )
+    python = platform.python_version()
+    print(f"{platform.machine()}, {_processor()}, {threads} threads, Python {python}")
+    names = ("torch", "open_clip_torch", "onnxruntime")
+    print(", ".join(f"{name} {_version(name)}" for name in names))
 
 
 def _processor() -> str:
@@ -142,14 +140,14 @@ def _over(tower: Tower, batches: list[Tensor]) -> Callable[[], None]:
 
 
 def _rates(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Runs per second of each, best of interleaved rounds; the first round only warms up."""
+    """Runs per second of each, best of interleaved rounds."""
     best = dict.fromkeys(runs, float("inf"))
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in runs.items():
+            run()
             began = time.perf_counter()
             run()
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - began)
+            best[name] = min(best[name], time.perf_counter() - began)
     return {name: 1 / seconds for name, seconds in best.items()}
 
 

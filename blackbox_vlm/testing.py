@@ -6,15 +6,14 @@
         def make_backend(self):
             return MyBackend(endpoint="http://127.0.0.1:8000")
 
-Every test opens a backend of its own and closes it. A whole run sends about thirty requests, so
-point it at an endpoint that is there for tests.
+Every test opens a backend of its own and closes it. A whole run sends some twenty small requests,
+so point it at an endpoint that is there for tests.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from blackbox_vlm.backend import (
     Access,
     Array,
     Backend,
+    Capabilities,
     ImageEmbeddings,
     Labels,
     PromptScores,
@@ -37,7 +37,7 @@ from blackbox_vlm.images import Image
 from blackbox_vlm.meter import check_answer
 from blackbox_vlm.running import run_sync
 
-TOLERANCE = 1e-3  # relative: a batch may be computed in another order than a single request
+TOLERANCE = 1e-3  # a batch may be added up in another order than a request alone
 
 
 class BackendConformance:
@@ -48,77 +48,146 @@ class BackendConformance:
         raise NotImplementedError("override make_backend")
 
     def make_images(self, folder: Path) -> Sequence[Image]:
-        """At least two different pictures; override it where noise will not do."""
+        """Two or more different pictures; override it where noise will not do."""
         noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
         for index, pixels in enumerate(noise):
             PIL.Image.fromarray(pixels).save(folder / f"{index}.png")
         return [Image.from_file(folder / f"{index}.png") for index in range(len(noise))]
 
     def test_capabilities_are_sane_and_constant(self, tmp_path: Path) -> None:
-        with self._backend() as backend:
-            declared = backend.capabilities
-            assert isinstance(declared.access, Access)
-            assert isinstance(declared.score_kind, ScoreKind)
-            assert isinstance(declared.model_id, str)
-            assert declared.model_id
-            assert 0 < declared.logit_scale < math.inf
-            for name in ("images_per_request", "texts_per_request", "top_k"):
-                limit = getattr(declared, name)
-                assert limit is None or limit >= 1, f"{name} is {limit}; None means no limit"
-            assert declared.decimals is None or declared.decimals >= 0
-            assert min(declared.requests_per_batch, declared.concurrency) >= 1
-            price = declared.price
-            for usd in (price.per_request, price.per_image, price.per_text):
-                assert 0 <= usd < math.inf
-            assert (declared.soft_prompts is not None) == (declared.access is Access.SOFT)
-            self._ask_each(backend, self._requests(backend, tmp_path)[:1])
-            assert backend.capabilities == declared
+        backend = self.make_backend()
+        declared = backend.capabilities
+        assert isinstance(declared.access, Access)
+        assert isinstance(declared.score_kind, ScoreKind)
+        assert isinstance(declared.model_id, str)
+        assert declared.model_id
+        assert 0 < declared.logit_scale < math.inf
+        for limit in (declared.images_per_request, declared.texts_per_request, declared.top_k):
+            assert limit is None or limit >= 1, "None means no limit"
+        assert declared.decimals is None or declared.decimals >= 0
+        assert min(declared.requests_per_batch, declared.concurrency) >= 1
+        price = declared.price
+        assert min(price.per_request, price.per_image, price.per_text) >= 0
+        assert (declared.soft_prompts is not None) == (declared.access is Access.SOFT)
+        run_sync(_ask(backend, [[request] for request in self._requests(declared, tmp_path)]))
+        assert backend.capabilities == declared
 
-    def test_answers_have_the_model_shape_and_type_of_the_seam(self, tmp_path: Path) -> None:
-        with self._backend() as backend:
-            requests = self._requests(backend, tmp_path)
-            for request, values in zip(requests, self._ask_each(backend, requests), strict=True):
-                assert values.dtype == (np.int64 if isinstance(request, Labels) else np.float32)
+    def test_answers_have_the_declared_shape_and_type(self, tmp_path: Path) -> None:
+        backend = self.make_backend()
+        requests = self._requests(backend.capabilities, tmp_path)
+        for request, outcome in zip(requests, self._alone(backend, requests), strict=True):
+            assert outcome.dtype == (np.int64 if isinstance(request, Labels) else np.float32)
 
     def test_an_idempotent_backend_repeats_itself(self, tmp_path: Path) -> None:
-        import pytest
-
-        with self._backend() as backend:
-            if not backend.capabilities.idempotent:
-                pytest.skip("not declared idempotent")
-            requests = self._requests(backend, tmp_path)
-            again = self._ask_each(backend, requests)
-            for first, second in zip(self._ask_each(backend, requests), again, strict=True):
-                np.testing.assert_array_equal(first, second)
+        backend = self.make_backend()
+        if not backend.capabilities.idempotent:
+            _skip("it is not declared idempotent")
+        requests = self._requests(backend.capabilities, tmp_path)
+        answers = self._alone(backend, requests * 2)
+        for first, second in zip(answers, answers[len(requests) :], strict=False):
+            np.testing.assert_array_equal(first, second)
 
     def test_a_batch_is_answered_in_order(self, tmp_path: Path) -> None:
-        import pytest
-
-        with self._backend() as backend:
-            capabilities = backend.capabilities
-            if min(capabilities.requests_per_batch, 2) < 2:
-                pytest.skip("takes one request at a time")
-            requests = self._requests(backend, tmp_path)[: capabilities.requests_per_batch]
-            for batch in (requests, requests[::-1]):
-                answers = run_sync(backend.answer(batch))
-                assert len(answers) == len(batch)
-                for alone, answer in zip(self._ask_each(backend, batch), answers, strict=True):
-                    np.testing.assert_allclose(answer.values, alone, TOLERANCE, TOLERANCE)
+        backend = self.make_backend()
+        size = backend.capabilities.requests_per_batch
+        requests = self._requests(backend.capabilities, tmp_path)[:size]
+        if len(requests) < 2:
+            _skip("it takes one request at a time")
+        batches = [requests, requests[::-1], *([request] for request in requests)]
+        forward, backward, *alone = map(_answered, run_sync(_ask(backend, batches)))
+        for index, [expected] in enumerate(alone):
+            for answer in (forward[index], backward[::-1][index]):
+                np.testing.assert_allclose(answer, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
     def test_limits_are_enforced(self, tmp_path: Path) -> None:
-        import pytest
+        backend = self.make_backend()
+        limits, picture = backend.capabilities, self.make_images(tmp_path)[0]
+        beyond: list[Request] = []
+        if (most := limits.images_per_request) is not None:
+            many = _every_kind(limits, (picture,) * (most + 1), _texts(limits.texts_per_request))
+            beyond += [request for request in many if request.n_images > most]
+        if (most := limits.texts_per_request) is not None:
+            many = _every_kind(limits, (picture,), _texts(most + 1, most + 1))
+            beyond += [request for request in many if request.n_texts > most]
+        self._refuses(backend, [request for request in beyond if limits.takes(request)])
 
-        with self._backend() as backend:
-            limits, pictures = backend.capabilities, tuple(self.make_images(tmp_path))
-            texts = _texts(min(2, limits.texts_per_request or 2))
-            beyond: list[tuple[int | None, tuple[Image, ...], tuple[str, ...]]] = [
-                (limits.images_per_request, pictures * (limits.images_per_request or 0), texts),
-                (limits.texts_per_request, pictures, _texts((limits.texts_per_request or 0) + 1)),
-            ]
-            for limit, many_images, many_texts in beyond:
-                for request in _every_kind(backend, many_images, many_texts):
-                    over = request.n_images > len(pictures) or request.n_texts > len(texts)
-                    if limit is None or not limits.takes(request) or not over:
-                        continue
-                    with pytest.raises((InputError, Refused)):
-                        run_sync(backend.answer([request]))
+    def test_kinds_outside_the_access_level_are_refused(self, tmp_path: Path) -> None:
+        backend = self.make_backend()
+        limits, picture = backend.capabilities, self.make_images(tmp_path)[0]
+        kinds = _every_kind(limits, (picture,), _texts(limits.texts_per_request))
+        self._refuses(backend, [request for request in kinds if not limits.takes(request)])
+
+    def test_closing_twice_is_harmless(self) -> None:
+        backend = self.make_backend()
+        run_sync(_ask(backend, []))
+        run_sync(backend.aclose())
+
+    def _requests(self, limits: Capabilities, folder: Path) -> list[Request]:
+        """Two different requests of every kind that the access level takes, within the limits."""
+        texts, pictures = _texts(limits.texts_per_request), tuple(self.make_images(folder))
+        first = pictures[: limits.images_per_request]
+        second = pictures[::-1][: limits.images_per_request]
+        kinds = [*_every_kind(limits, first, texts), *_every_kind(limits, second, texts[::-1])]
+        return [request for request in kinds if limits.takes(request)]
+
+    def _alone(self, backend: Backend, requests: Sequence[Request]) -> list[Array]:
+        outcomes = run_sync(_ask(backend, [[request] for request in requests]))
+        return [values for outcome in outcomes for values in _answered(outcome)]
+
+    def _refuses(self, backend: Backend, requests: Sequence[Request]) -> None:
+        outcomes = run_sync(_ask(backend, [[request] for request in requests]))
+        for request, outcome in zip(requests, outcomes, strict=True):
+            assert isinstance(outcome, Exception), f"{type(request).__name__} was answered"
+
+
+Outcome = list[Array] | InputError | Refused
+
+
+async def _ask(backend: Backend, batches: Sequence[Sequence[Request]]) -> list[Outcome]:
+    """Ask batch by batch in one event loop, check every answer, and close the backend."""
+    try:
+        return [await _outcome(backend, batch) for batch in batches]
+    finally:
+        await backend.aclose()
+
+
+async def _outcome(backend: Backend, batch: Sequence[Request]) -> Outcome:
+    try:
+        answers = await backend.answer(batch)
+    except (InputError, Refused) as refusal:
+        return refusal
+    for request, answer in zip(batch, answers, strict=True):
+        check_answer(request, answer, backend.capabilities)
+    return [answer.values for answer in answers]
+
+
+def _answered(outcome: Outcome) -> list[Array]:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _every_kind(
+    limits: Capabilities, pictures: tuple[Image, ...], texts: tuple[str, ...]
+) -> list[Request]:
+    soft = limits.soft_prompts
+    shape, std = ((soft.context_tokens, soft.width), soft.token_std) if soft else ((4, 8), 0.01)
+    offset = np.random.default_rng(len(pictures)).normal(0, std, shape).astype(np.float32)
+    return [
+        TextScores(pictures, texts),
+        PromptScores(pictures, texts, "a photo of a {}.", offset),
+        ImageEmbeddings(pictures),
+        TextEmbeddings(texts),
+        Labels(pictures, texts),
+    ]
+
+
+def _texts(limit: int | None, count: int = 3) -> tuple[str, ...]:
+    names = ("cat", "dog", "car", *(f"thing {index}" for index in range(3, count)))
+    return names[: min(count, count if limit is None else limit)]
+
+
+def _skip(reason: str) -> None:
+    import pytest
+
+    pytest.skip(reason)

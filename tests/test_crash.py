@@ -297,8 +297,8 @@ def test_a_disk_that_fills_up(runner: Runner, tmp_path: Path, kib: float) -> Non
     check_answers(tmp_path, 60)
 
 
-def test_four_processes_share_one_budget(tmp_path: Path) -> None:
-    """Row 36: each asks questions of its own; together they pay for exactly the budget."""
+def test_two_processes_share_one_budget(tmp_path: Path) -> None:
+    """Row 36: both ask the same questions of one ledger; together they pay for the budget."""
     runners = [Runner() for _ in range(2)]
     try:
         for index, runner in enumerate(runners):
