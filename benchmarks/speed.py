@@ -75,7 +75,7 @@ WATCHED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 
 
 class Stopwatch:
-    """Shares time out to the innermost watched function; `paused` is nobody's."""
+    """Shares time out to the innermost part that is under way."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -150,7 +150,6 @@ class Reference:
         opened = open_model(args.model, args.pretrained)
         device = torch.device(args.device)
         model: Any = opened.model.requires_grad_(False).to(device)
-        self.agreement = float("nan")
         with torch.no_grad():
             features = encoded(model, opened.preprocess, task, device)
             labels = torch.tensor(task.labels, device=device)
@@ -250,6 +249,9 @@ def report(reference: Reference, ours: Measured, full: Measured) -> Iterator[str
         fitness = f"{row.best[0]:.3f}, {row.best[-1]:.3f}"
         yield f"| {name} | {row.seconds:.1f} | {n / row.seconds:.0f} | {fitness} |"
     yield f"\npublished / ours: {reference.seconds / ours.seconds:.2f}"
+    for name, row in rows[1:]:
+        each = 1e3 * row.parts[OPTIMISER] * POPULATION / row.evaluations
+        yield f"optimiser of {name}: {each:.2f} ms per generation"
     yield f"largest difference of a logit under one prompt: {reference.agreement:.1e}\n"
     yield "| where our time goes | ours | ours, full covariance |"
     yield "|---|---|---|"
@@ -261,10 +263,11 @@ def machine(args: argparse.Namespace) -> str:
     device = "CPU" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "cma"))
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", "not set")
     return (
         f"{device}, {torch.get_num_threads()} torch threads on {os.cpu_count()} CPUs "
         f"({platform.machine()}, {platform.system()}{load}), Python {platform.python_version()}, "
-        f"{packages}"
+        f"{packages}, OPENBLAS_NUM_THREADS {threads}"
     )
 
 
@@ -277,7 +280,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="nano")
     parser.add_argument("--pretrained")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, help="of torch, on both sides")
+    parser.add_argument("--threads", type=int, help="of torch; of numpy: OPENBLAS_NUM_THREADS")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

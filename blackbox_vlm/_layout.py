@@ -111,12 +111,7 @@ def _pick_split(home: Path, split: str, *, labelled: bool) -> Path:
         raise InputError(f"got split={split!r}; wanted one of {', '.join(_SPLITS)}")
     names = _sub_folders(home)
     if not _are_splits(home, names, labelled=labelled):
-        if wanted != "train" and _SPLITS.get(home.name.lower()) != wanted:
-            raise InputError(
-                f"got split={split!r}, and {quote(home)} has no folders train, test or val that"
-                " hold class folders; give the split's own folder as the root"
-            )
-        return home
+        return home  # a folder without splits is one, whatever it is called
     matching = [name for name in names if _SPLITS[name.lower()] == wanted]
     if len(matching) != 1:
         raise InputError(

@@ -157,7 +157,7 @@ def _stages(
     share = int(left * recipe.fold_share)
     for number, members in enumerate(folds, start=1):
         cost = _generation_cost(task, capabilities, recipe, members)
-        stages.append(Stage(f"search fold {number}", members, share // cost))
+        stages.append(Stage(f"search fold {number}", members, max(share // cost, 1)))
         left -= stages[-1].generations * cost
     everyone = tuple(range(len(task)))
     cost = _generation_cost(task, capabilities, recipe, everyone)

@@ -71,7 +71,8 @@ class Task:
         """One folder per class below `root`, or below `root/SPLIT`; images at any depth in it.
 
         Sub-folders count as splits only when all of them are called train, test or val (valid,
-        validation) and hold folders and no images: else they are classes. Names and their order
+        validation) and hold folders and no images: else they are classes, and the folder is taken
+        as it is, whatever `split`. Names and their order
         come from `classes`, a text file with a line `folder,class name` or just a class name per
         class; else from a `meta.json` (`classnames`, `class_dirs`, `prompt_template`) in `root` or
         beside a split folder; else from the folders, sorted, underscores read as spaces. With

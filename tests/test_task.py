@@ -116,7 +116,7 @@ def test_a_split_that_is_not_there_is_refused(root: Path) -> None:
     refused(lambda: Task.from_folder(root, split="test"), "split='test'", "which has train")
     refused(lambda: Task.from_folder(root, split="tset"), "split='tset'", "wanted one of train")
     plain = folders(root.parent / "plain", "a", "b")
-    refused(lambda: Task.from_folder(plain, split="test"), "split='test'", "no folders train")
+    assert len(Task.from_folder(plain, split="test")) == len(Task.from_folder(plain))
 
 
 def test_two_folders_for_one_split_are_refused(root: Path) -> None:

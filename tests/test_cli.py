@@ -1,0 +1,288 @@
+"""The command line as a stranger meets it: JSON, exit codes, bad input, interruption, resume."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import blackbox_vlm
+from blackbox_vlm import demo_folder
+from blackbox_vlm.cli import main
+from blackbox_vlm.ledger import Ledger
+
+SMALL = ("--shots", "2", "--budget", "130")
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def ok(*words: object) -> Any:
+    """Run with --json; the one object on stdout."""
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first three classes of the embedded images, few of each, with train and test."""
+    root = tmp_path_factory.mktemp("data") / "small"
+    for split in ("train", "test"):
+        for folder in sorted((demo_folder() / split).iterdir())[:3]:
+            (root / split / folder.name).mkdir(parents=True)
+            for picture in sorted(folder.iterdir())[:4]:
+                shutil.copy(picture, root / split / folder.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, ok("tune", small, *SMALL, "--out", out)
+
+
+def test_version_and_help() -> None:
+    assert blackbox_vlm.__version__ in run("--version").output
+    text = run("--help").output
+    for command in ("tune", "resume", "evaluate", "predict", "inspect", "demo"):
+        assert command in text
+        assert run(command, "--help").exit_code == 0
+
+
+def test_tune_says_what_it_promises(finished: tuple[Path, Any], small: Path) -> None:
+    out, result = finished
+    for name in ("zero_shot_accuracy", "tuned_accuracy"):
+        assert 0 <= result[name] <= 1
+    assert result["budget"] == 130
+    assert result["queries_spent"] == result["queries_planned"] <= 130
+    assert result["strategy"] in {"zero-shot", "prompt", "refiner", "prompt+refiner"}
+    assert (Path(result["adapter"]) / "adapter_config.json").exists()
+    plan = ok("tune", small, *SMALL, "--dry-run")
+    assert plan["queries"] == result["queries_spent"]
+    assert sum(step["queries"] for step in plan["steps"]) == plan["queries"]
+    with Ledger(out / "ledger.sqlite") as ledger:
+        assert ledger.totals().queries == result["queries_spent"]
+
+
+def test_a_dry_run_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    result = run("tune", small, *SMALL, "--dry-run", "--out", tmp_path / "run")
+    assert result.exit_code == 0
+    assert "in all" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_spends_from_its_own_budget(finished: tuple[Path, Any], small: Path) -> None:
+    out, tuned = finished
+    first = ok("evaluate", out, small)
+    assert first["n_images"] == 12
+    assert 0 <= first["accuracy"] <= 1
+    assert 0 <= first["zero_shot_accuracy"] <= 1
+    assert first["queries_spent"] == first["budget"] > 0
+    assert ok("evaluate", out, small)["queries_spent"] == 0
+    with Ledger(out / "ledger.sqlite") as ledger:
+        assert ledger.totals().queries == tuned["queries_spent"]
+    assert "from a budget of its own" in run("evaluate", out, small).stderr
+    refused = run("evaluate", out, small / "train", "--budget", "0")
+    assert refused.exit_code == 3
+    assert "nothing was sent" in refused.stderr
+
+
+def test_predict_prints_csv_or_json(finished: tuple[Path, Any], small: Path) -> None:
+    out, _ = finished
+    files = sorted((small / "test").rglob("*.png"))[:3]
+    predicted = ok("predict", out, *files)
+    assert predicted["queries_spent"] == 1
+    assert [Path(row["path"]) for row in predicted["predictions"]] == files
+    table = list(csv.DictReader(io.StringIO(run("predict", out, *files).stdout)))
+    assert [row["label"] for row in table] == [row["label"] for row in predicted["predictions"]]
+    assert run("predict", out, small / "none.png").exit_code == 2
+
+
+def test_inspect_shows_where_the_queries_went(finished: tuple[Path, Any]) -> None:
+    out, tuned = finished
+    seen = ok("inspect", out)
+    assert seen["totals"]["queries"] == tuned["queries_spent"]
+    assert seen["totals"]["left"] == 130 - tuned["queries_spent"]
+    assert seen["spent_by_purpose"] == tuned["spent_by_purpose"]
+    assert seen["result"] == tuned
+    assert seen["trajectory"][-1]["stage"] == "search"
+    assert "finished" in run("inspect", out).stdout
+
+
+def test_resuming_a_finished_run_is_free(finished: tuple[Path, Any]) -> None:
+    out, tuned = finished
+    assert ok("resume", out) == tuned
+
+
+def spoil(folder: Path, what: str) -> None:
+    first = sorted(folder.iterdir())[0]
+    if what == "one class":
+        for other in sorted(folder.iterdir())[1:]:
+            shutil.rmtree(other)
+    elif what == "empty class":
+        (folder / "empty").mkdir()
+    elif what == "broken class":
+        for picture in first.iterdir():
+            picture.write_bytes(b"not a picture")
+    elif what == "bidi":
+        first.rename(folder / "evil\u202egnp")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words", "said"),
+    [
+        ("one class", (), "at least two"),
+        ("empty class", (), "'empty'"),
+        ("broken class", (), "no readable image"),
+        ("bidi", (), "\\u202e"),
+        ("", ("--shots", "9"), "9"),
+        ("", ("--budget", "0"), "at least 1"),
+        ("", ("--budget", "30"), "one generation"),
+        ("", ("--model", "no-such-model"), "no-such-model"),
+        ("", ("--model", "ViT-B-32"), "--pretrained"),
+        ("", ("--access", "scores", "--method", "craft"), "--access soft"),
+        ("", ("--recipe", "magic"), "craft-paper"),
+        ("", ("--template", "no place"), "{}"),
+        ("", ("--restrict", "decimals"), "NAME=VALUE"),
+        ("", ("--restrict", "wings=2"), "texts_per_request"),
+        ("", ("--backend", "carrier-pigeon"), "local"),
+    ],
+)
+def test_bad_input_is_one_line_before_a_query(
+    small: Path, tmp_path: Path, spoilt: str, words: tuple[str, ...], said: str
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(small / "train", data)
+    spoil(data, spoilt)
+    result = run("tune", data, "--shots", 2, "--budget", 130, "--out", out, "--json", *words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert errors[0].isprintable()
+    assert not out.exists()
+
+
+def test_a_taken_folder_and_no_folder(finished: tuple[Path, Any], small: Path) -> None:
+    out, _ = finished
+    taken = run("tune", small, *SMALL, "--out", out)
+    assert taken.exit_code == 2
+    assert f"blackbox-vlm resume {out}" in taken.stderr
+    for command in (("resume",), ("inspect",), ("predict", small), ("evaluate", small)):
+        name, *rest = command
+        assert run(name, out.parent / "nothing", *rest).exit_code == 2
+    assert run("tune", small / "nothing", *SMALL).exit_code == 2
+
+
+def test_broken_images_are_listed_first(small: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(small / "train", data)
+    bad = sorted(data.iterdir())[0] / "aaa.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n")
+    words = ("--shots", 2, "--budget", 5, "--method", "refine")
+    result = run("tune", data, *words, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "Skipped" in result.stderr
+    assert "aaa.png" in result.stderr
+    strict = run("tune", data, *words, "--strict", "--out", tmp_path / "strict")
+    assert strict.exit_code == 2
+    assert not (tmp_path / "strict").exists()
+
+
+@pytest.mark.parametrize(
+    ("access", "restrict"),
+    [
+        ("soft", ["images_per_request=4"]),
+        ("scores", ["score_kind=softmax", "decimals=3", "images_per_request=1"]),
+        ("scores", ["score_kind=softmax", "texts_per_request=2", "top_k=1"]),
+        ("scores", ["score_kind=sigmoid", "noise=0.1"]),
+        ("embeddings", ["images_per_request=2"]),
+        ("label", []),
+    ],
+)
+def test_every_access_level_tunes_and_evaluates(
+    small: Path, tmp_path: Path, access: str, restrict: list[str]
+) -> None:
+    limits = [word for limit in restrict for word in ("--restrict", limit)]
+    words = ("tune", small, "--shots", 2, "--budget", 300, "--access", access, *limits)
+    plan = ok(*words, "--method", "refine", "--dry-run")
+    tuned = ok(*words, "--method", "refine", "--out", tmp_path / "run")
+    assert plan["queries"] == tuned["queries_spent"]
+    assert ok("evaluate", tmp_path / "run", small)["n_images"] == 12
+
+
+def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "blackbox_vlm", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    )
+
+
+def wait_for_queries(process: subprocess.Popen[str], run: Path, count: int) -> None:
+    """Until the run has spent so many queries."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run / "ledger.sqlite").exists() and (run / "run.json").exists():
+            try:
+                with Ledger(run / "ledger.sqlite") as ledger:
+                    if ledger.spent() >= count:
+                        return
+            except blackbox_vlm.BlackboxError:
+                pass  # it is being made
+        time.sleep(0.02)
+    raise AssertionError(f"ended early: {process.communicate()}")
+
+
+def outcome(run: Path) -> dict[str, bytes]:
+    kept = [run / "result.json", *sorted((run / "adapter").iterdir())]
+    return {path.name: path.read_bytes().replace(str(run).encode(), b"RUN") for path in kept}
+
+
+LONG = ("--shots", "4", "--budget", "2000")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_ended_resumes_to_the_same_bytes(
+    small: Path, tmp_path: Path, number: int
+) -> None:
+    with start("tune", small, *LONG, "--out", tmp_path / "whole") as whole:
+        whole.communicate()
+    assert whole.returncode == 0
+    out = tmp_path / "run"
+    words: tuple[object, ...] = ("tune", small, *LONG, "--out", out)
+    for count in (100, 700):
+        with start(*words) as process:
+            wait_for_queries(process, out, count)
+            process.send_signal(number)
+            _, errors = process.communicate()
+        words = ("resume", out)
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 130, errors
+            assert f"blackbox-vlm resume {out}" in errors
+        with Ledger(out / "ledger.sqlite") as ledger:
+            assert ledger.totals().queries <= 2000
+    with start(*words, "--json") as last:
+        stdout, errors = last.communicate()
+    assert last.returncode == 0, errors
+    assert json.loads(stdout)["queries_spent"] <= 2000
+    assert outcome(out) == outcome(tmp_path / "whole")
