@@ -71,7 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of pictures; default: generated ones")
     parser.add_argument("--towers", nargs="*", default=["ViT-B-32", "RN50"], help="open_clip names")
     parser.add_argument("--count", type=int, default=8, help="images per round (default 8)")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--candidates", type=int, default=40)
     return parser.parse_args()

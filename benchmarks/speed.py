@@ -66,7 +66,7 @@ WATCHED: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     (
         "fitness and refiner",
         craft,
-        ("tell_prompts", "elite_view", "train_refiner", "refiner_alone"),
+        ("tell_prompts", "elite_view", "train_refiner", "fit_refiner"),
     ),
     ("meter and ledger", Meter, ("observe",)),
     ("checkpoint", search_module, ("to_bytes",)),

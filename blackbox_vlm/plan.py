@@ -138,7 +138,7 @@ def _plan_craft(
             f"method 'craft' searches soft prompts, and this endpoint gives "
             f"{capabilities.access.value!r} access; use --access soft or --method refine"
         )
-    passes = [plain_step(task, capabilities), *_guard(task, capabilities, recipe)]
+    passes = [plain_step(task, capabilities), *_passes(task, capabilities, recipe)]
     left = budget - sum(step.queries for step in passes)
     stages = _stages(task, capabilities, recipe, left, seed)
     if stages is None:
@@ -169,7 +169,7 @@ def _too_small(
     task: Task, capabilities: Capabilities, recipe: Recipe, budget: int, seed: int
 ) -> str:
     """The message for a budget without a whole generation for every search, with one that has."""
-    passes = [plain_step(task, capabilities), *_guard(task, capabilities, recipe)]
+    passes = [plain_step(task, capabilities), *_passes(task, capabilities, recipe)]
     fixed = sum(step.queries for step in passes)
     generation = _generation_cost(task, capabilities, recipe, range(len(task)))
     enough = next(
@@ -202,13 +202,16 @@ def _search(task: Task, capabilities: Capabilities, recipe: Recipe, stage: Stage
         yield _step(stage.refine_purpose, means, capabilities, why)
 
 
-def _guard(task: Task, capabilities: Capabilities, recipe: Recipe) -> list[Step]:
-    """The passes that the guard judges by: every fold's prompt on all images."""
-    if not recipe.folds:
-        return []
-    request = _prompt_request(task, capabilities, range(len(task)))
-    why = "each fold's prompt on all images: out-of-fold predictions for the guard"
-    return [_step("guard", [request] * recipe.folds, capabilities, why)]
+def _passes(task: Task, capabilities: Capabilities, recipe: Recipe) -> list[Step]:
+    """The passes over all images that follow the searches."""
+    request, steps = _prompt_request(task, capabilities, range(len(task))), []
+    if recipe.folds:
+        why = "each fold's prompt on all images: out-of-fold predictions for the guard"
+        steps.append(_step("guard", [request] * recipe.folds, capabilities, why))
+    if recipe.refit:
+        why = "the deployed prompt on all images: what its refiner is fitted to"
+        steps.append(_step("deploy", [request], capabilities, why))
+    return steps
 
 
 def _prompt_request(

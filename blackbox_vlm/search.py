@@ -104,12 +104,14 @@ class CraftRun:
             state = None
         *folds, final = self._finished
         verdict = await self._verdict(folds, plain)
-        alone = craft.refiner_alone(self._recipe, plain, self._labels, self._seed)
         return Tuned(
             strategy=verdict.chosen if verdict else Strategy.BOTH,
             verdict=verdict,
             offset=self._offsets([final])[0],
-            refiners={Strategy.REFINER: alone, Strategy.BOTH: final.refiner.refiner},
+            refiners={
+                Strategy.REFINER: self._fit(plain),
+                Strategy.BOTH: await self._final_refiner(final),
+            },
         )
 
     # -- the collaborative algorithm, generation by generation --------------------------------
@@ -169,6 +171,15 @@ class CraftRun:
         searches = [FoldSearch(*pair) for pair in zip(logits, refiners, strict=True)]
         members = [stage.members for stage in self._plan.stages[:-1]]
         return judge(self._recipe, self._seed, self._labels, plain, members, searches)
+
+    async def _final_refiner(self, final: Finished) -> Refiner:
+        """The refiner that goes with the deployed prompt."""
+        if not self._recipe.refit:
+            return final.refiner.refiner
+        return self._fit((await self._ask(self._images, self._offsets([final]), "deploy"))[0])
+
+    def _fit(self, logits: Logits) -> Refiner:
+        return craft.fit_refiner(self._recipe, logits, self._labels, self._seed)
 
     # -- asking -------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from blackbox_vlm._version import __version__
 from blackbox_vlm.adapter import Adapter
 from blackbox_vlm.backend import Backend, Capabilities
-from blackbox_vlm.craft.craft import refiner_alone
+from blackbox_vlm.craft.craft import fit_refiner
 from blackbox_vlm.craft.guard import Strategy, Verdict, judge
 from blackbox_vlm.craft.recipes import Recipe, recipe_named
 from blackbox_vlm.errors import InputError
@@ -180,7 +180,7 @@ def _refine(task: Task, recipe: Recipe, seed: int, plain: Logits) -> Tuned:
     labels = _labels(task)
     folds = fold_members(task, REFINE_FOLDS, seed)
     verdict = judge(recipe, seed, labels, plain, folds)
-    refiners = {Strategy.REFINER: refiner_alone(recipe, plain, labels, seed)}
+    refiners = {Strategy.REFINER: fit_refiner(recipe, plain, labels, seed)}
     return Tuned(verdict.chosen, verdict, offset=None, refiners=refiners)
 
 

@@ -193,7 +193,7 @@ def test_the_guard_refuses_a_refiner_that_only_memorises() -> None:
     noise = random.standard_normal(plain.shape).astype(np.float32) * 8
     fresh = craft.fresh_refiner(RECIPE, C, 0).refiner
     searches = [FoldSearch(memory + noise, fresh)] * 2
-    verdict = judge(replace(RECIPE, epochs_alone=5), 0, labels, plain, members, searches)
+    verdict = judge(replace(RECIPE, fit_epochs=5), 0, labels, plain, members, searches)
     assert verdict.chosen in (Strategy.ZERO_SHOT, Strategy.REFINER)
     assert verdict.accuracy[Strategy.PROMPT] < verdict.accuracy[Strategy.ZERO_SHOT]
 
@@ -202,8 +202,8 @@ def test_out_of_fold_predictions_do_not_see_their_own_labels() -> None:
     """Scores that identify every image and no class: a refiner that saw the labels were right."""
     plain = np.random.default_rng(1).standard_normal((N, C)).astype(np.float32)
     labels = np.random.default_rng(2).integers(0, C, N)
-    recipe = replace(RECIPE, epochs_alone=2000, hidden=64, adam=Adam(learning_rate=1e-2))
-    memory = craft.refined(craft.refiner_alone(recipe, plain, labels, 0), plain)
+    recipe = replace(RECIPE, fit_epochs=2000, hidden=64, adam=Adam(learning_rate=1e-2))
+    memory = craft.refined(craft.fit_refiner(recipe, plain, labels, 0), plain)
     assert (memory.argmax(1) == labels).mean() > 0.9
     members = [np.arange(0, N, 2), np.arange(1, N, 2)]
     verdict = judge(recipe, 0, labels, plain, members)

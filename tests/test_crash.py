@@ -197,13 +197,13 @@ def check_answers(folder: Path, queries: int) -> None:
 def test_twenty_kills(
     runner: Runner, tmp_path: Path, honours: bool, batch: int, concurrency: int
 ) -> None:
-    queries, kills = 300, 0
+    queries, kills = 200 if batch == 1 else 300, 0
     at_risk = batch * concurrency  # so many may be in flight at a kill
     budget = queries if honours else queries + 20 * at_risk
     rng = np.random.default_rng([batch, honours])
     while kills < 20:
         before = len(billed(tmp_path / "bill"))
-        target = before + int(rng.integers(0, 8))
+        target = before + int(rng.integers(0, 6))
         pid = runner.start(
             tmp_path,
             queries=queries,
@@ -216,7 +216,7 @@ def test_twenty_kills(
         # the moment is the bill's length plus a little: it does not depend on the machine's speed
         while len(billed(tmp_path / "bill")) < target and not runner.over(0.0005):
             pass
-        assert not runner.over(float(rng.uniform(0, 0.004))), "all was done before 20 kills"
+        assert not runner.over(float(rng.uniform(0, 0.003))), "all was done before 20 kills"
         os.kill(pid, signal.SIGKILL)
         assert runner.status() == -signal.SIGKILL
         kills += 1
@@ -284,7 +284,7 @@ def test_a_kill_at_each_point(
     assert bill.total() == (6 if honours or paid == stored else 7)
 
 
-@pytest.mark.parametrize("kib", [0.5, 3, 6, 20, 40, 70, 100, 200])
+@pytest.mark.parametrize("kib", [0.5, 6, 40, 100])
 def test_a_disk_that_fills_up(runner: Runner, tmp_path: Path, kib: float) -> None:
     """Row 41: no file may grow over a limit. What left is charged; with room, the run goes on."""
     runner.start(tmp_path, queries=60, budget=60, honours=True, disk=int(kib * 1024))

@@ -21,7 +21,7 @@ from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.task import Task
 from blackbox_vlm.tuning import Options, TuneResult, dry_run, tune
 
-SMALL = {"intrinsic_dimension": 8, "population_size": 6, "hidden": 8, "epochs_alone": 5}
+SMALL = {"intrinsic_dimension": 8, "population_size": 6, "hidden": 8, "fit_epochs": 5}
 BUDGET = 100
 
 

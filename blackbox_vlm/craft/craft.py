@@ -7,9 +7,10 @@ A generation:
     one epoch of (4)                  train the refiner, which changes the next fitness
 
 Differences from the public code, each ours: the deployed prompt is the mean of the search
-distribution, not the mean of forty fresh samples; and under our recipe the refiner learns from the
-scores of the better half of the population, which the search has paid for already, instead of from
-fresh crops of the images, which an endpoint would bill.
+distribution, not the mean of forty fresh samples. Under our recipe the refiner learns from scores
+that the search has paid for already, instead of from fresh crops of the images, which an endpoint
+would bill; and since it has followed a moving prompt, a fresh one is fitted to the deployed prompt
+in the end.
 """
 
 from __future__ import annotations
@@ -130,11 +131,11 @@ def train_refiner(
     return state._replace(refiner=refiner, random=generator.get_state())
 
 
-def refiner_alone(recipe: Recipe, logits: Logits, labels: NDArray[np.int64], seed: int) -> Refiner:
-    """A refiner without a search: `epochs_alone` epochs on one pass's scores `(N, C)`."""
+def fit_refiner(recipe: Recipe, logits: Logits, labels: NDArray[np.int64], seed: int) -> Refiner:
+    """A fresh refiner, trained for `fit_epochs` epochs on one prompt's scores `(N, C)`."""
     state = fresh_refiner(recipe, logits.shape[1], seed)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(recipe.epochs_alone):
+    for _ in range(recipe.fit_epochs):
         state = train_epoch(
             state,
             torch.from_numpy(logits),

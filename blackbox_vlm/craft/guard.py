@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blackbox_vlm.craft.craft import Logits, refined, refiner_alone
+from blackbox_vlm.craft.craft import Logits, fit_refiner, refined
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.craft.refine import Refiner
 from blackbox_vlm.scores import log_probabilities
@@ -96,11 +96,13 @@ def judge(
     for fold, indices in enumerate(members):
         held = np.ones(len(plain), dtype=bool)
         held[list(indices)] = False
-        alone = refiner_alone(recipe, plain[~held], labels[~held], seed)
+        alone = fit_refiner(recipe, plain[~held], labels[~held], seed)
         out[Strategy.ZERO_SHOT][held] = plain[held]
         out[Strategy.REFINER][held] = refined(alone, plain[held])
         if searches:
             logits, refiner = searches[fold]
+            if recipe.refit:
+                refiner = fit_refiner(recipe, logits[~held], labels[~held], seed)
             out[Strategy.PROMPT][held] = logits[held]
             out[Strategy.BOTH][held] = refined(refiner, logits[held])
     return decide(out, labels)

@@ -23,7 +23,7 @@ class Recipe:
     # prompt generation
     intrinsic_dimension: int = 512  # d, the length of z
     population_size: int = 40
-    sigma0: float = 3.0  # first step size
+    sigma0: float = 5.0  # first step size
     separable: bool = True  # diagonal covariance
     bounds: float | None = None  # |z_i| at most
     entry_std: float | None = None  # of A; None: A z is scaled to the model's token embeddings
@@ -37,7 +37,8 @@ class Recipe:
     consistency_share: float = 1.0  # the first part of the search in which (4) has its w term
     refine_on: Literal["elite", "mean"] = "elite"  # whose scores an epoch of (4) sees
     views: int = 0  # augmented views of each image for "mean"; 0: the images themselves
-    epochs_alone: int = 100  # of a refiner that is trained without a search
+    fit_epochs: int = 100  # of a refiner that is trained on one prompt's scores
+    refit: bool = True  # deploy a refiner fitted to the deployed prompt; else the search's own
     # guard
     folds: int = 2  # 0: no guard, both modules are deployed
     fold_share: float = 0.25  # of the generations, for the search of each fold
@@ -56,6 +57,7 @@ CRAFT_PAPER = Recipe(
     consistency_share=1.0,
     refine_on="mean",
     views=8,
+    refit=False,
     folds=0,
 )
 
@@ -70,6 +72,7 @@ CRAFT_PAPER_FLOWERS = Recipe(
     consistency_share=0.25,
     refine_on="mean",
     views=8,
+    refit=False,
     folds=0,
 )
 
