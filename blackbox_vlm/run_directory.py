@@ -84,6 +84,18 @@ class RunDirectory:
                 f"{self.path} is not a run's folder; wanted one made by `blackbox-vlm tune`"
             ) from None
 
+    def check_ledger(self) -> None:
+        """Refuse to go on with a run that has lost its memory of what it spent.
+
+        Raises:
+            StorageError: the ledger is missing or empty.
+        """
+        if not self.ledger.exists() or not self.ledger.stat().st_size:
+            raise StorageError(
+                f"{self.ledger} is missing or empty, and what the run has spent with it; restore "
+                "it, or start another --out"
+            )
+
     def write_result(self, result: dict[str, Any]) -> None:
         """Write `result.json`."""
         try:

@@ -12,7 +12,7 @@ from scipy.special import log_softmax, logit
 
 from blackbox_vlm.backend import Array, Capabilities, ScoreKind
 
-SMALLEST_PROBABILITY = 1e-12  # float32 softmax underflows near here
+SMALLEST_PROBABILITY = 1e-12  # what is smaller is noise in most endpoints' arithmetic
 
 
 def to_logits(scores: Array, capabilities: Capabilities) -> NDArray[np.float32]:

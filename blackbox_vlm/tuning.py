@@ -136,6 +136,7 @@ def tune(
     run = RunDirectory(Path(out))
     if resume:
         run.describe()
+        run.check_ledger()
     else:
         run.create(description or {})
     on_plan(made)

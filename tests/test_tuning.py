@@ -256,6 +256,17 @@ def test_a_run_needs_a_folder_of_its_own(tmp_path: Path) -> None:
         tune(make_task(), soft_world(), tmp_path / "file" / "run", options())
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_run_that_lost_its_ledger_does_not_start_at_zero(tmp_path: Path, spoil: Any) -> None:
+    run = tmp_path / "run"
+    tune(make_task(), soft_world(), run, options())
+    spoil(run / "ledger.sqlite")
+    world = soft_world()
+    with pytest.raises(StorageError, match="missing or empty"):
+        tune(make_task(), world, run, options(), resume=True)
+    assert world.asked == 0
+
+
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     from blackbox_vlm.run_directory import RunDirectory
 
