@@ -31,6 +31,7 @@ FILLER = "a photo of a"  # completes a template whose text before {} is shorter 
 CONVOLUTIONAL_BATCH = 4  # large activations: more would leave the allocator's reusable memory
 TRANSFORMER_BATCH = 8
 TEXTS_AT_ONCE = 64
+PREPROCESS_THREADS = 4  # Pillow resizes without holding the interpreter's lock
 IMAGES_AHEAD = 64  # preprocessed and waiting for the tower; bounds memory
 SAMPLES = 256  # values of each weight that enter the identity
 
@@ -74,8 +75,11 @@ class DualEncoder:
         self.context_length = int(model.context_length)
         self._device = device
         self._preprocess, self._tokenize = opened.preprocess, opened.tokenize
-        self._load_image_tower(model)
+        self._visual: torch.nn.Module | None = model.visual
         self._load_text_tower(model)
+        word = self._token_ids(["a"])
+        self.dim = int(self._encode_ids(word, word.argmax(dim=1)).shape[-1])
+        del model.visual  # kept until the first picture, which builds a fast tower from it
 
     @classmethod
     def load(
@@ -100,6 +104,8 @@ class DualEncoder:
         A picture's vector has the same bits whatever else is in the call, and in whatever order.
         """
         vectors = np.empty((len(images), self.dim), np.float32)
+        if self._visual is not None and len(images):
+            self._build_image_tower(self._visual)
         for at, batch, count in self._batches(images):
             features = F.normalize(self._tower(batch.to(self._device)), dim=-1)
             vectors[at : at + count] = features[:count].cpu().numpy()
@@ -165,7 +171,7 @@ class DualEncoder:
 
     def _batches(self, images: Sequence[Image]) -> Iterator[tuple[int, Tensor, int]]:
         """(place of the first, batch of the one constant shape, pictures in it)."""
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(PREPROCESS_THREADS) as pool:
             for block in range(0, len(images), IMAGES_AHEAD):
                 ready = list(pool.map(self._preprocess, images[block : block + IMAGES_AHEAD]))
                 for at in range(0, len(ready), self._batch):
@@ -173,16 +179,16 @@ class DualEncoder:
                     fill = [torch.zeros_like(part[0])] * (self._batch - len(part))
                     yield block + at, torch.stack(part + fill), len(part)
 
-    def _load_image_tower(self, model: Any) -> None:
-        convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in model.visual.modules())
+    def _build_image_tower(self, visual: torch.nn.Module) -> None:
+        """Make the tower fast: takes a second or more, so it waits for the first picture."""
+        convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in visual.modules())
         self._batch = CONVOLUTIONAL_BATCH if convolutions > 4 else TRANSFORMER_BATCH
         example = self._example(self._batch)
-        self._tower = fast_image_tower(model.visual, example)
+        self._tower = fast_image_tower(visual, example)
         if not independent_of_place(self._tower, example):
             self._batch = 1
-            self._tower = fast_image_tower(model.visual, example[:1])
-        self.dim = self._tower(example[: self._batch]).shape[-1]
-        del model.visual  # the tower has its own copy of the weights
+            self._tower = fast_image_tower(visual, example[:1])
+        self._visual = None  # the tower has its own copy of the weights
 
     def _example(self, count: int) -> Tensor:
         """Pictures of coarse random patches, preprocessed: (count, 3, height, width)."""

@@ -203,7 +203,7 @@ def _answerer(
         if noise:
             logits = logits + noise * _request_noise(request, capabilities.model_id, logits.shape)
         if isinstance(request, Labels):
-            return logits.argmax(axis=1)
+            return np.asarray(logits.argmax(axis=1))
         return withhold(logits, capabilities)
 
     def answer(requests: Sequence[Request]) -> list[Answer]:
@@ -243,19 +243,24 @@ class _FeatureCache:
 
 def withhold(logits: Floats, capabilities: Capabilities) -> Floats:
     """Give the logits the kind, the precision and the censoring that the endpoint declares."""
-    kind = capabilities.score_kind
-    scores = {
-        ScoreKind.LOGITS: lambda: logits,
-        ScoreKind.SOFTMAX: lambda: softmax(logits.astype(np.float64), axis=1),
-        ScoreKind.SIGMOID: lambda: expit(logits.astype(np.float64)),
-        ScoreKind.COSINE: lambda: logits / capabilities.logit_scale,
-    }[kind]()
+    scores = _of_kind(logits, capabilities)
     if capabilities.decimals is not None:
         scores = np.round(scores, capabilities.decimals)
     if capabilities.top_k is not None and capabilities.top_k < scores.shape[1]:
         kth = np.partition(scores, -capabilities.top_k, axis=1)[:, [-capabilities.top_k]]
         scores = np.where(scores >= kth, scores, np.nan)
     return np.asarray(scores, dtype=np.float32)
+
+
+def _of_kind(logits: Floats, capabilities: Capabilities) -> Array:
+    if capabilities.score_kind is ScoreKind.SOFTMAX:
+        probabilities: Array = softmax(logits.astype(np.float64), axis=1)
+        return probabilities
+    if capabilities.score_kind is ScoreKind.SIGMOID:
+        return np.asarray(expit(logits.astype(np.float64)))
+    if capabilities.score_kind is ScoreKind.COSINE:
+        return np.asarray(logits / capabilities.logit_scale)
+    return logits
 
 
 def _request_noise(request: Request, model_id: str, shape: tuple[int, ...]) -> Floats:

@@ -93,8 +93,9 @@ def run(cell: Cell) -> dict[str, Any]:
     """Tune, then deploy each strategy on the test images; accuracies in percent."""
     import asyncio
 
-    from blackbox_vlm import Task
     from blackbox_vlm.backends.local import LocalBlackBox
+
+    from blackbox_vlm import Task
     from blackbox_vlm.craft.craft import refined
     from blackbox_vlm.craft.recipes import recipe_named
     from blackbox_vlm.ledger import Ledger

@@ -241,7 +241,7 @@ def task_of(args: argparse.Namespace) -> Task:
 
 def report(reference: Reference, ours: Measured, full: Measured) -> Iterator[str]:
     n = ours.evaluations
-    yield f"| {n} evaluations | seconds | evaluations/s | best fitness, first and last |"
+    yield f"| {n} evaluations | seconds | evaluations/s | lowest fitness (each its own w), first and last |"
     yield "|---|---|---|---|"
     published = Measured(n, Counter({REST: reference.seconds}), reference.search.best)
     rows = (("published procedure", published), ("ours", ours), ("ours, full covariance", full))

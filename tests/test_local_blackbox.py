@@ -28,6 +28,7 @@ from blackbox_vlm.backend import (
     open_backend,
 )
 from blackbox_vlm.errors import InputError
+from blackbox_vlm.testing import BackendConformance
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +207,25 @@ def test_a_closed_box_answers_nothing(task: Task) -> None:
     asyncio.run(box.aclose())
     with pytest.raises(InputError, match="closed"):
         ask(box, TextScores(task.images[:1], task.texts()))
+
+
+class TestConformanceSoft(BackendConformance):
+    """What every backend promises, kept by the embedded model where everything is offered."""
+
+    def make_backend(self) -> Backend:
+        return LocalBlackBox(access="soft")
+
+
+class TestConformanceRestricted(BackendConformance):
+    """The same where little is offered."""
+
+    def make_backend(self) -> Backend:
+        return LocalBlackBox(
+            access="scores",
+            score_kind="softmax",
+            decimals=4,
+            top_k=2,
+            images_per_request=2,
+            texts_per_request=3,
+            noise=0.1,
+        )
