@@ -186,9 +186,13 @@ def _answerer(
                 groups.setdefault((request.template, request.class_names), []).append(index)
         vectors: dict[int, Floats] = {}
         for (template, class_names), members in groups.items():
-            offsets = np.stack([requests[i].offset for i in members])  # type: ignore[union-attr]
-            encoded = encoder.encode_prompts(template, class_names, offsets)
-            vectors.update(zip(members, encoded, strict=True))
+            offsets = {i: requests[i].offset for i in members}  # type: ignore[union-attr]
+            different = {offset.tobytes(): offset for offset in offsets.values()}
+            encoded = encoder.encode_prompts(
+                template, class_names, np.stack(list(different.values()))
+            )
+            by_offset = dict(zip(different, encoded, strict=True))
+            vectors.update((i, by_offset[offset.tobytes()]) for i, offset in offsets.items())
         return vectors
 
     def values(request: Request, vectors: Floats | None) -> Array:

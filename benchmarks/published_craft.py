@@ -71,7 +71,8 @@ class ClassPrompts:
         x = self._text.transformer(x, attn_mask=self._text.attn_mask.to(self._dtype))
         x = self._text.ln_final(x.float())
         x = x[torch.arange(len(x), device=x.device), self._ends] @ self._text.text_projection
-        return F.normalize(x, dim=-1)
+        vectors: Tensor = F.normalize(x, dim=-1)
+        return vectors
 
 
 class Refiner(nn.Module):

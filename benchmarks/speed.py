@@ -27,7 +27,7 @@ import platform
 import tempfile
 import time
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -78,7 +78,7 @@ class Stopwatch:
     """Shares time out to the innermost part that is under way."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
 
@@ -132,7 +132,7 @@ class Measured:
     """Seconds of one search, and where they went."""
 
     evaluations: int
-    parts: Counter[str]
+    parts: defaultdict[str, float]
     best: list[float]  # lowest fitness of each generation
 
     @property
@@ -185,7 +185,7 @@ def disagreement(
     offset = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     offset *= np.float32(soft.token_std)
     request = PromptScores(task.images, task.class_names, TEMPLATE, offset)
-    ours = run_sync(backend.answer([request]))[0].values  # type: ignore[arg-type]
+    ours = run_sync(backend.answer([request]))[0].values
     vectors = reference.prompts.vectors(torch.from_numpy(offset).to(features.device))
     theirs = float(model.logit_scale.exp()) * features @ vectors.T
     return float(np.abs(theirs.cpu().numpy() - ours).max())
@@ -200,7 +200,7 @@ def search(
     on_turn: Callable[[int], None] = lambda generations: None,
 ) -> Measured:
     """One search of ours; `on_turn` is called, off the clock, after every few generations."""
-    run_sync(backend.answer([TextScores(task.images, task.texts())]))  # type: ignore[arg-type]
+    run_sync(backend.answer([TextScores(task.images, task.texts())]))
     watch, best = Stopwatch(), list[float]()
 
     def on_progress(progress: Progress) -> None:
@@ -241,12 +241,12 @@ def task_of(args: argparse.Namespace) -> Task:
 
 def report(reference: Reference, ours: Measured, full: Measured) -> Iterator[str]:
     n = ours.evaluations
-    yield f"| {n} evaluations | seconds | evaluations/s | lowest fitness (each its own w), first and last |"
+    yield f"| {n} evaluations | seconds | evaluations/s | lowest fitness, each with its own w |"
     yield "|---|---|---|---|"
-    published = Measured(n, Counter({REST: reference.seconds}), reference.search.best)
+    published = Measured(n, defaultdict(float, {REST: reference.seconds}), reference.search.best)
     rows = (("published procedure", published), ("ours", ours), ("ours, full covariance", full))
     for name, row in rows:
-        fitness = f"{row.best[0]:.3f}, {row.best[-1]:.3f}"
+        fitness = f"{row.best[0]:.3f} to {row.best[-1]:.3f}"
         yield f"| {name} | {row.seconds:.1f} | {n / row.seconds:.0f} | {fitness} |"
     yield f"\npublished / ours: {reference.seconds / ours.seconds:.2f}"
     for name, row in rows[1:]:

@@ -60,6 +60,7 @@ CREATE TABLE answer (
     shape TEXT NOT NULL,
     data BLOB NOT NULL
 ) STRICT;
+CREATE INDEX answer_by_purpose ON answer (purpose);
 CREATE TABLE checkpoint (name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT;
 """
 

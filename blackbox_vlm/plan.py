@@ -6,7 +6,7 @@ number that is then spent, to the query. It never holds half a generation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -193,13 +193,12 @@ def _generation_cost(
 
 def _search(task: Task, capabilities: Capabilities, recipe: Recipe, stage: Stage) -> Iterator[Step]:
     request = _prompt_request(task, capabilities, stage.members)
-    candidates = [request] * (stage.generations * recipe.population_size)
+    prompts = stage.generations * recipe.population_size
     why = f"{stage.generations} generations of {recipe.population_size} prompts"
-    yield _step(stage.purpose, candidates, capabilities, why)
+    yield _step(stage.purpose, [request], capabilities, why, times=prompts)
     if recipe.refine_on == "mean":
-        means = [request] * stage.generations
         why = "each generation's mean prompt, for the refiner's epoch"
-        yield _step(stage.refine_purpose, means, capabilities, why)
+        yield _step(stage.refine_purpose, [request], capabilities, why, times=stage.generations)
 
 
 def _passes(task: Task, capabilities: Capabilities, recipe: Recipe) -> list[Step]:
@@ -207,7 +206,7 @@ def _passes(task: Task, capabilities: Capabilities, recipe: Recipe) -> list[Step
     request, steps = _prompt_request(task, capabilities, range(len(task))), []
     if recipe.folds:
         why = "each fold's prompt on all images: out-of-fold predictions for the guard"
-        steps.append(_step("guard", [request] * recipe.folds, capabilities, why))
+        steps.append(_step("guard", [request], capabilities, why, times=recipe.folds))
     if recipe.refit:
         why = "the deployed prompt on all images: what its refiner is fitted to"
         steps.append(_step("deploy", [request], capabilities, why))
@@ -226,20 +225,19 @@ def _prompt_request(
 
 def _step(
     purpose: str,
-    observations: list[PromptScores] | list[Request],
+    observations: Sequence[Request],
     capabilities: Capabilities,
     why: str,
+    *,
+    times: int = 1,
 ) -> Step:
-    sizes: dict[int, list[Request]] = {}
-    for observation in observations:  # a search repeats one observation: split it once
-        if id(observation) not in sizes:
-            sizes[id(observation)] = split(observation, capabilities)
-    requests = [part for observation in observations for part in sizes[id(observation)]]
+    """The cost of asking the observations so many times."""
+    requests = [part for observation in observations for part in split(observation, capabilities)]
     return Step(
         purpose=purpose,
-        queries=len(requests),
-        images=sum(request.n_images for request in requests),
-        texts=sum(request.n_texts for request in requests),
-        usd=sum(capabilities.price.of(request) for request in requests),
+        queries=times * len(requests),
+        images=times * sum(request.n_images for request in requests),
+        texts=times * sum(request.n_texts for request in requests),
+        usd=times * sum(capabilities.price.of(request) for request in requests),
         why=why,
     )

@@ -1,8 +1,8 @@
 """Drives CraFT through the meter: asks what the method wants to know, and saves where it stands.
 
-After every generation the state goes into the ledger, in the transaction that drops the answers it
-has absorbed: a run killed at any moment goes on from the last whole generation, and the disk holds
-one generation of answers, not thousands.
+Every few generations the state goes into the ledger, in the transaction that drops the answers it
+has absorbed: a run killed at any moment goes on from there, with the answers since then replayed,
+and the disk holds a few generations of answers, not hundreds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from blackbox_vlm.plan import Plan, Stage
 from blackbox_vlm.task import Task
 
 CHECKPOINT = "craft"
+SAVE_EVERY = 4  # generations; a full covariance takes 4 MB, the answers since then are replayed
 
 
 class Progress(NamedTuple):
@@ -130,7 +131,8 @@ class CraftRun:
             progress = state.generation / stage.generations
             state = craft.train_refiner(self._recipe, state, seen, labels, progress=progress)
             self._record(stage, state, fitness)
-            self._save(stage, state)
+            if state.generation % SAVE_EVERY == 0 or state.generation == stage.generations:
+                self._save(stage, state)
         return Finished(state.search.mean, state.refiner)
 
     async def _refiner_view(

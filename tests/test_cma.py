@@ -144,7 +144,7 @@ def reference_of(settings: CMASettings, mean: Floats) -> Any:
 @pytest.mark.parametrize("sigma0", [0.5, 1e-3])
 def test_tell_equals_cmaes(separable: bool, sigma0: float) -> None:
     """A separable CMA-ES is a full one whose C loses all but its diagonal after each update."""
-    settings = settings_of(5, 20, sigma0=sigma0, separable=separable)
+    settings = settings_of(5, 100, sigma0=sigma0, separable=separable)
     assert settings.strategy.eigen_gap <= 1
     mean = np.linspace(-1, 1, 5)
     state, reference, stalled = init(settings, mean), reference_of(settings, mean), False
@@ -167,11 +167,11 @@ def test_tell_equals_cmaes(separable: bool, sigma0: float) -> None:
 
 
 def test_ask_draws_through_the_symmetric_root() -> None:
-    settings = settings_of(5, 20)
+    settings = settings_of(5, 100)
     state, _ = run(settings, init(settings), ellipsoid, 15)
     assert state.decomposed_at == state.generation
     fresh = state._replace(random_state=init(settings).random_state)
-    z = np.random.Generator(np.random.PCG64(settings.seed)).standard_normal((20, 5))
+    z = np.random.Generator(np.random.PCG64(settings.seed)).standard_normal((100, 5))
     wanted = state.mean + state.sigma * z @ sqrtm(state.covariance)
     np.testing.assert_allclose(ask(settings, fresh)[0], wanted, rtol=1e-9, atol=1e-12)
 
@@ -422,7 +422,7 @@ def test_a_mean_that_does_not_fit_is_refused(mean: Floats) -> None:
 
 @both_variants
 def test_a_covariance_that_rounding_spoilt_is_repaired(separable: bool) -> None:
-    settings = settings_of(4, 40, separable=separable)
+    settings = settings_of(4, 200, separable=separable)
     spectrum = np.array([-1e-3, 0.0, 1.0, 1e8])
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0]
     spoilt = spectrum if separable else turn * spectrum @ turn.T

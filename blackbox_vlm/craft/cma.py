@@ -14,7 +14,7 @@ Where the tutorial leaves a choice:
 - **Active.** Negative weights are on, as in Table 1 and in pycma, in both variants; eq. 52 with the
   rates of the variant in use keeps C positive definite.
 - **Sampling** goes through the symmetric root `B D Bᵀ z`, which no choice of basis changes. C is
-  decomposed once in 0.5 / (d (c_1 + c_mu)) generations; the tutorial's 0.1 saves no evaluations.
+  decomposed once in 2 / (d (c_1 + c_mu)) generations; the tutorial's 0.1 saves no evaluations.
 - **Bounds.** A candidate outside the box is clipped onto it, and the clipped one is told, so that
   the mean, a convex combination, never leaves the box. A clipped candidate gets no negative weight:
   with one, C collapses and the search stops short of an optimum on the boundary.
@@ -106,7 +106,7 @@ def _strategy(d: int, population_size: int, speedup: float) -> Strategy:
     )
     weights = np.concatenate([best / best.sum(), -negative_sum * rest / rest.sum()])  # eq. 53
     chi_n = math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d**2))  # below eq. 44
-    eigen_gap = 0.5 / (d * (c_1 + c_mu))  # appendix B.2, with 0.5 for 0.1
+    eigen_gap = 2 / (d * (c_1 + c_mu))  # appendix B.2, with 2 for 0.1
     return Strategy(weights, mu, mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu, chi_n, eigen_gap)
 
 
