@@ -25,7 +25,7 @@ check: setup  ## lint, format and types
 	$(BIN)/mypy
 
 wheel: setup  ## dist/*.whl
-	rm -rf dist
+	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean:

@@ -24,6 +24,7 @@ class Reporter:
         self._spent = 0
         self._first: tuple[float, int] | None = None
         self._last_line = -LINE_EVERY
+        self._best: dict[str, float] = {}  # lowest fitness so far, by stage
         self._note = ""
         self._bar = _Bar(stream) if stream.isatty() else None
 
@@ -50,9 +51,11 @@ class Reporter:
 
     def progress(self, progress: Progress) -> None:
         """A generation is done."""
+        best = min(progress.best, self._best.get(progress.stage, progress.best))
+        self._best[progress.stage] = best
         self._note = (
             f"{progress.stage} {progress.generation}/{progress.generations}, "
-            f"best fitness {progress.best:.4f}"
+            f"best fitness so far {best:.4f}"
         )
         self._show()
 
