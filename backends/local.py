@@ -59,12 +59,12 @@ class Restrictions:
     def __post_init__(self) -> None:
         for name in ("images_per_request", "texts_per_request", "top_k"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; wanted at least 1, or leave it out")
-        if self.decimals is not None and not 0 <= self.decimals <= 9:
-            raise InputError(f"decimals is {self.decimals}; wanted 0 to 9, or leave it out")
-        if not 0 <= self.noise < float("inf"):
-            raise InputError(f"noise is {self.noise}; wanted a standard deviation of 0 or more")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise InputError(f"{name} is {value!r}; wanted at least 1, or leave it out")
+        if self.decimals is not None and self.decimals not in range(10):
+            raise InputError(f"decimals is {self.decimals!r}; wanted 0 to 9, or leave it out")
+        if not (isinstance(self.noise, int | float) and 0 <= self.noise < float("inf")):
+            raise InputError(f"noise is {self.noise!r}; wanted a standard deviation of 0 or more")
 
 
 class LocalBlackBox:
