@@ -29,4 +29,4 @@ wheel: setup  ## dist/*.whl
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean:
-	rm -rf .venv build dist runs *.egg-info
+	rm -rf .venv build dist runs/demo *.egg-info

@@ -169,6 +169,16 @@ class DualEncoder:
         vectors: Floats = self._texts(starts, ends, reads).cpu().numpy()
         return vectors
 
+    def check_texts(self, template: str, class_names: Sequence[str], context: int) -> None:
+        """Check that every class prompt fits, as text and under a soft context of that length.
+
+        Raises:
+            InputError: a text is longer than the model's context, or runs into the class name.
+        """
+        self._token_ids([template.replace("{}", name) for name in class_names])
+        if context:
+            self._prompts(template, class_names, context)
+
     def _batches(self, images: Sequence[Image]) -> Iterator[tuple[int, Tensor, int]]:
         """(place of the first, batch of the one constant shape, pictures in it)."""
         with ThreadPoolExecutor(PREPROCESS_THREADS) as pool:
@@ -292,7 +302,10 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported; wanted auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"no device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise InputError(
+            f"no device {name!r}: torch sees {torch.cuda.device_count()} CUDA "
+            "devices; use --device cpu"
+        )
     return device
 
 

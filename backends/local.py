@@ -61,7 +61,9 @@ class Restrictions:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise InputError(f"{name} is {value!r}; wanted at least 1, or leave it out")
-        if self.decimals is not None and self.decimals not in range(10):
+        if self.decimals is not None and not (
+            isinstance(self.decimals, int) and 0 <= self.decimals <= 9
+        ):
             raise InputError(f"decimals is {self.decimals!r}; wanted 0 to 9, or leave it out")
         if not (isinstance(self.noise, int | float) and 0 <= self.noise < float("inf")):
             raise InputError(f"noise is {self.noise!r}; wanted a standard deviation of 0 or more")
@@ -82,7 +84,7 @@ class LocalBlackBox:
         InputError: unknown model, access or restriction, or weights that cannot be had.
     """
 
-    __slots__ = ("_answer", "capabilities")
+    __slots__ = ("_answer", "capabilities", "check_texts")
 
     def __init__(
         self,
@@ -100,6 +102,7 @@ class LocalBlackBox:
         encoder = DualEncoder.load(model, pretrained, device=device)
         self.capabilities = _declare(encoder, level, limits)
         self._answer = _answerer(encoder, self.capabilities, limits.noise)
+        self.check_texts = _text_checker(encoder, level)
 
     async def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer requests, in order; soft prompts over the same images are encoded together.
@@ -220,6 +223,16 @@ def _answerer(
         ]
 
     return answer
+
+
+def _text_checker(encoder: DualEncoder, access: Access) -> Callable[[str, tuple[str, ...]], None]:
+    """A function that raises InputError where a class name and template do not fit the model."""
+    context = CONTEXT_TOKENS if access is Access.SOFT else 0
+
+    def check_texts(template: str, class_names: tuple[str, ...]) -> None:
+        encoder.check_texts(template, class_names, context)
+
+    return check_texts
 
 
 class _FeatureCache:

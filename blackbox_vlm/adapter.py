@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from scipy.special import softmax
 
+from blackbox_vlm._classes import check_names, check_template
 from blackbox_vlm.backend import Access, Backend, Capabilities, Request
-from blackbox_vlm.batching import split
+from blackbox_vlm.batching import distinct
 from blackbox_vlm.craft.guard import Strategy
 from blackbox_vlm.errors import InputError, StorageError
 from blackbox_vlm.images import Image
@@ -83,7 +84,7 @@ class Adapter:
     def queries(self, n_images: int | Sequence[Image], capabilities: Capabilities) -> int:
         """How many queries predicting so many images costs: one per request that is sent."""
         images = _placeholders(n_images) if isinstance(n_images, int) else tuple(n_images)
-        return sum(len(split(r, capabilities)) for r in self._requests(images, capabilities))
+        return len(distinct(self._requests(images, capabilities), capabilities))
 
     def predict(self, images: Sequence[Image], backend: Backend, *, budget: int) -> Predictions:
         """Predict images. Costs one query per request, `queries(images, ...)` in all.
@@ -102,6 +103,8 @@ class Adapter:
     async def logits(self, meter: Meter, images: Sequence[Image], purpose: str) -> Logits:
         """Refined logits of images, `(n_images, n_classes)` float32, asked through a meter."""
         shown = tuple(images)
+        if not shown:
+            raise InputError("there are no images to predict; give at least one")
         if self.offset is not None and self.strategy.uses_prompt:
             offsets = self.offset[None]
             plain = (await prompt_logits(meter, shown, self.classes, offsets, purpose))[0]
@@ -182,7 +185,7 @@ class Adapter:
         try:
             adapter = cls(
                 strategy=Strategy(config["strategy"]),
-                classes=Classes(tuple(map(str, config["class_names"])), str(config["template"])),
+                classes=_classes_of(config),
                 model_id=str(config["model_id"]),
                 access=Access(config["access"]),
                 offset=tensors.pop("offset", None),
@@ -204,6 +207,13 @@ class Adapter:
             problem = problem or _refiner_problem(self.refiner, n_classes)
         if problem:
             raise InputError(f"{path / WEIGHTS_FILE} does not fit its config: {problem}")
+
+
+def _classes_of(config: dict[str, Any]) -> Classes:
+    names, template = config["class_names"], config["template"]
+    if not isinstance(names, list) or not all(isinstance(t, str) for t in (*names, template)):
+        raise TypeError("class_names must be a list of texts, and template a text")
+    return Classes(check_names(names), check_template(template))
 
 
 def _refiner_problem(refiner: dict[str, NDArray[np.float32]] | None, n_classes: int) -> str | None:
@@ -238,8 +248,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON, in UTF-8, without NaN."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Readable JSON, in ASCII, without NaN."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _placeholders(n_images: int) -> tuple[Image, ...]:
@@ -255,7 +265,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path / CONFIG_FILE}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path / CONFIG_FILE} is not JSON: {error}") from None
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:

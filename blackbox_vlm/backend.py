@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -255,12 +256,26 @@ class Backend(Protocol):
         ...
 
 
+def check_texts(backend: Backend, template: str, class_names: tuple[str, ...]) -> None:
+    """Ask a backend that knows its tokenizer whether texts fit, before any query is spent.
+
+    A backend may offer a method `check_texts(template, class_names)`; without one, a text that does
+    not fit is refused by the endpoint itself.
+
+    Raises:
+        InputError: a text does not fit the model.
+    """
+    check = getattr(backend, "check_texts", None)
+    if check is not None:
+        check(template, class_names)
+
+
 def backend_names() -> list[str]:
     """The backends that are installed."""
     return sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))
 
 
-def open_backend(name: str, **options: object) -> Backend:
+def open_backend(name: str, /, **options: object) -> Backend:
     """Open an installed backend by its entry-point name, e.g. `open_backend("local")`.
 
     Raises:
@@ -268,6 +283,10 @@ def open_backend(name: str, **options: object) -> Backend:
     """
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         factory = point.load()
+        try:
+            signature(factory).bind(**options)
+        except TypeError as error:
+            raise InputError(f"backend {name!r} does not take these options: {error}") from None
         backend: Backend = factory(**options)
         return backend
     known = ", ".join(backend_names()) or "none"

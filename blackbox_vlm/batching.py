@@ -8,7 +8,7 @@ requests comparable, because the constant that a softmax hides cancels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from blackbox_vlm.backend import (
     ScoreKind,
     TextEmbeddings,
     TextScores,
+    query_key,
 )
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.scores import to_logits
@@ -48,6 +49,12 @@ def split(request: Request, capabilities: Capabilities) -> list[Request]:
             rows = replace(rows, images=rows.images[images])
         parts += [_with_texts(rows, texts) for texts in text_slices]
     return parts
+
+
+def distinct(observations: Iterable[Request], capabilities: Capabilities) -> list[Request]:
+    """The different requests of observations: what asking them costs, since none is asked twice."""
+    parts = [part for observation in observations for part in split(observation, capabilities)]
+    return list({query_key(part, capabilities.model_id): part for part in parts}.values())
 
 
 def join(request: Request, answers: Sequence[Array], capabilities: Capabilities) -> Array:

@@ -14,12 +14,15 @@ import click
 
 from blackbox_vlm._version import __version__
 from blackbox_vlm.console import StopSignals, percent, print_csv, print_json, print_table, say
-from blackbox_vlm.errors import BlackboxError, InputError
+from blackbox_vlm.errors import BlackboxError, InputError, StorageError
 
 if TYPE_CHECKING:
+    from blackbox_vlm.adapter import Adapter
     from blackbox_vlm.backend import Backend
     from blackbox_vlm.images import Image
+    from blackbox_vlm.ledger import Lost
     from blackbox_vlm.plan import Plan
+    from blackbox_vlm.run_directory import RunDirectory
     from blackbox_vlm.settings import Settings
     from blackbox_vlm.tuning import TuneResult
 
@@ -35,6 +38,9 @@ class Commands(click.Group):
         except BlackboxError as error:
             say(f"Error: {error}")
             ctx.exit(error.exit_code)
+        except OSError as error:
+            say(f"Error: {error.filename}: {error.strerror}; choose another path")
+            ctx.exit(StorageError.exit_code)
         except KeyboardInterrupt:
             say("Stopped at once; what was settled is kept.")
             ctx.exit(130)
@@ -64,6 +70,11 @@ data_options = _together(
     click.option("--template", help='Text around the class name, e.g. "a photo of a {}.".'),
     click.option("--strict", is_flag=True, help="Refuse broken images instead of skipping them."),
 )
+lost_option = click.option(
+    "--on-lost",
+    type=click.Choice(["stop", "resend"]),
+    help="About a query whose answer was lost: stop (the default), or resend and pay again.",
+)
 method_options = _together(
     click.option(
         "--method", type=click.Choice(["craft", "refine"]), help="By access, if left out."
@@ -76,13 +87,6 @@ method_options = _together(
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     click.option("--max-cost", type=click.FloatRange(min=0), help="USD that may be spent."),
-    click.option(
-        "--on-lost",
-        type=click.Choice(["stop", "resend"]),
-        default="stop",
-        show_default=True,
-        help="What to do about a query whose answer was lost.",
-    ),
 )
 backend_options = _together(
     click.option("--backend", default="local", show_default=True, help="An installed backend."),
@@ -119,6 +123,7 @@ json_option = click.option(
 @click.option("--out", type=PATH, help="The run's folder.  [default: runs/DATA-METHOD-SEED]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and its exact cost; spend nothing.")
 @method_options
+@lost_option
 @data_options
 @backend_options
 @json_option
@@ -127,6 +132,9 @@ def tune(
     classes: Path | None,
     out: Path | None,
     dry_run: bool,
+    on_lost: Lost | None,
+    model: str,
+    pretrained: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -137,7 +145,14 @@ def tune(
     """
     from blackbox_vlm.settings import Settings
 
-    settings = Settings(data=str(data.absolute()), classes=_absolute(classes), **options)
+    settings = Settings(
+        data=str(data.absolute()),
+        classes=_absolute(classes),
+        on_lost=on_lost or "stop",
+        model=_absolute_if_there(model),
+        pretrained=pretrained and _absolute_if_there(pretrained),
+        **options,
+    )
     if dry_run:
         _show_plan(settings, as_json=as_json)
         return
@@ -147,10 +162,14 @@ def tune(
 
 @main.command()
 @click.argument("run", type=PATH)
+@lost_option
 @json_option
-def resume(run: Path, as_json: bool) -> None:
+def resume(run: Path, on_lost: Lost | None, as_json: bool) -> None:
     """Go on with the interrupted run in RUN; what was settled is not paid again."""
-    result, _ = _run(_settings(run), run, resume=True)
+    settings = _settings(run)
+    if on_lost is not None:
+        settings = dataclasses.replace(settings, on_lost=on_lost)
+    result, _ = _run(settings, run, resume=True)
     _show_result(result, as_json=as_json)
 
 
@@ -159,7 +178,9 @@ def resume(run: Path, as_json: bool) -> None:
 @click.argument("data", type=PATH)
 @budget_option
 @click.option("--split", default="test", show_default=True, help="Where DATA has several.")
-@data_options
+@click.option("--classes", type=PATH, help="File with a class per line: `folder,class name`.")
+@click.option("--strict", is_flag=True, help="Refuse broken images instead of skipping them.")
+@lost_option
 @json_option
 def evaluate(
     run: Path,
@@ -167,8 +188,8 @@ def evaluate(
     budget: int | None,
     split: str,
     classes: Path | None,
-    template: str | None,
     strict: bool,
+    on_lost: Lost | None,
     as_json: bool,
 ) -> None:
     """Compare the adapter of RUN with zero-shot on the labelled images in DATA.
@@ -176,14 +197,17 @@ def evaluate(
     This costs queries, from a budget of its own; images evaluated before cost nothing.
     """
     from blackbox_vlm import evaluation
-    from blackbox_vlm.adapter import Adapter
     from blackbox_vlm.run_directory import RunDirectory
     from blackbox_vlm.settings import load_task
 
     settings, directory = _settings(run), RunDirectory(run)
-    adapter = Adapter.from_pretrained(directory.adapter)
+    adapter = _adapter(directory)
     task = load_task(
-        data, classes=_absolute(classes), template=template, strict=strict, split=split
+        data,
+        classes=_absolute(classes),
+        template=adapter.classes.template,
+        strict=strict,
+        split=split,
     )
     evaluation.match_labels(adapter, task)
     backend = settings.open_backend()
@@ -191,7 +215,9 @@ def evaluate(
     say(f"Evaluating {len(task)} images takes {cost} queries, from a budget of its own.")
     ledger = directory.side_ledger("evaluate", task.fingerprint())
     with directory.locked():
-        result = evaluation.evaluate(adapter, task, backend, ledger, budget=budget)
+        result = evaluation.evaluate(
+            adapter, task, backend, ledger, budget=budget, on_lost=on_lost or "stop"
+        )
     if as_json:
         print_json(dataclasses.asdict(result))
         return
@@ -209,18 +235,24 @@ def evaluate(
 @click.argument("run", type=PATH)
 @click.argument("images", type=PATH, nargs=-1, required=True)
 @budget_option
+@lost_option
 @json_option
-def predict(run: Path, images: tuple[Path, ...], budget: int | None, as_json: bool) -> None:
+def predict(
+    run: Path,
+    images: tuple[Path, ...],
+    budget: int | None,
+    on_lost: Lost | None,
+    as_json: bool,
+) -> None:
     """Predict IMAGES (files or folders) with the adapter of RUN; prints CSV.
 
     Every request costs one query, from a budget of its own.
     """
     from blackbox_vlm import evaluation
-    from blackbox_vlm.adapter import Adapter
     from blackbox_vlm.run_directory import RunDirectory
 
     settings, directory = _settings(run), RunDirectory(run)
-    adapter = Adapter.from_pretrained(directory.adapter)
+    adapter = _adapter(directory)
     found = _find(images)
     backend = settings.open_backend()
     cost = adapter.queries(found, backend.capabilities)
@@ -228,7 +260,9 @@ def predict(run: Path, images: tuple[Path, ...], budget: int | None, as_json: bo
     digest = hashlib.sha256("".join(image.sha256 for image in found).encode()).hexdigest()
     ledger = directory.side_ledger("predict", digest)
     with directory.locked():
-        answer, spent = evaluation.predict(adapter, found, backend, ledger, budget=budget)
+        answer, spent = evaluation.predict(
+            adapter, found, backend, ledger, budget=budget, on_lost=on_lost or "stop"
+        )
     names = adapter.classes.names
     rows = [
         {"path": str(image.path), "label": names[label], "probability": float(row[label])}
@@ -305,7 +339,8 @@ def demo(budget: int, shots: int, out: Path, seed: int, as_json: bool) -> None:
     adapter = Adapter.from_pretrained(result.adapter)
     task = Task.from_folder(demo_folder(), split="test")
     ledger = RunDirectory(out).side_ledger("evaluate", task.fingerprint())
-    unseen = evaluation.evaluate(adapter, task, backend, ledger)
+    with RunDirectory(out).locked():
+        unseen = evaluation.evaluate(adapter, task, backend, ledger)
     if as_json:
         print_json({**dataclasses.asdict(result), "test": dataclasses.asdict(unseen)})
         return
@@ -394,6 +429,16 @@ def _settings(run: Path) -> Settings:
     return Settings.from_description(RunDirectory(run).describe(), run)
 
 
+def _adapter(directory: RunDirectory) -> Adapter:
+    from blackbox_vlm.adapter import Adapter
+
+    if not directory.result.exists():
+        raise InputError(
+            f"{directory.path} is not finished; blackbox-vlm resume {directory.path} first"
+        )
+    return Adapter.from_pretrained(directory.adapter)
+
+
 def _default_run(data: Path, settings: Settings) -> Path:
     method = settings.method or ("craft" if settings.access == "soft" else "refine")
     return Path("runs") / f"{data.absolute().stem}-{method}-{settings.seed}"
@@ -401,6 +446,11 @@ def _default_run(data: Path, settings: Settings) -> Path:
 
 def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())
+
+
+def _absolute_if_there(name: str) -> str:
+    """A path that exists, made to mean the same from every folder; other names as they are."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 def _find(paths: tuple[Path, ...]) -> list[Image]:

@@ -15,7 +15,7 @@ import click
 
 def say(line: str) -> None:
     """A line for people, on stderr."""
-    click.echo(line, err=True)
+    click.echo(printable(line), err=True)
 
 
 def print_json(value: Any) -> None:
@@ -37,9 +37,9 @@ def print_table(title: str, rows: list[tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table = Table(title=Text(printable(title)), title_justify="left", show_header=False)
     for name, value in rows:
-        table.add_row(Text(name), Text(value, overflow="fold"))
+        table.add_row(Text(printable(name)), Text(printable(value), overflow="fold"))
     Console(markup=False, highlight=False).print(table)
 
 
@@ -49,10 +49,16 @@ def percent(fraction: float | None) -> str:
 
 
 def _inert(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula."""
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t")):
-        return "'" + value
-    return value
+    """A cell that no terminal takes for control and no spreadsheet for a formula."""
+    if not isinstance(value, str):
+        return value
+    visible = printable(value)
+    return "'" + visible if visible.startswith(("=", "+", "-", "@")) else visible
+
+
+def printable(text: str) -> str:
+    """Text with control, bidi and undecodable characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class StopSignals:
@@ -72,10 +78,10 @@ class StopSignals:
             self._old[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        if self._asked.is_set():
+        if self._asked.is_set() and error is not None:
             say(f"Go on with: blackbox-vlm resume {self._run}")
 
     def _handle(self, number: int, frame: object) -> None:

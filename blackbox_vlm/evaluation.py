@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blackbox_vlm.adapter import Adapter, Predictions, to_predictions
 from blackbox_vlm.backend import Backend
-from blackbox_vlm.batching import split
+from blackbox_vlm.batching import distinct
 from blackbox_vlm.errors import BudgetError, InputError
 from blackbox_vlm.images import Image
-from blackbox_vlm.ledger import Ledger
+from blackbox_vlm.ledger import Ledger, Lost
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import plain_logits, plain_requests
+from blackbox_vlm.observations import Logits, plain_logits, plain_requests
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.task import Task
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,20 @@ def evaluation_cost(adapter: Adapter, task: Task, backend: Backend) -> int:
     """Queries that `evaluate` spends: the tuned predictions, and the plain ones to compare with."""
     capabilities = backend.capabilities
     plain = plain_requests(capabilities, task.images, adapter.classes)
+    cost = len(distinct(plain, capabilities))
     if not adapter.strategy.uses_prompt:  # the refiner works on the plain predictions
-        return sum(len(split(request, capabilities)) for request in plain)
-    tuned = adapter.queries(task.images, capabilities)
-    return tuned + sum(len(split(request, capabilities)) for request in plain)
+        return cost
+    return cost + adapter.queries(task.images, capabilities)
 
 
 def evaluate(
-    adapter: Adapter, task: Task, backend: Backend, ledger: Path, *, budget: int | None = None
+    adapter: Adapter,
+    task: Task,
+    backend: Backend,
+    ledger: Path,
+    *,
+    budget: int | None = None,
+    on_lost: Lost = "stop",
 ) -> Evaluation:
     """Compare the adapter with the endpoint's own predictions on labelled images.
 
@@ -54,24 +63,23 @@ def evaluate(
         backend: the endpoint.
         ledger: the file that counts; what it holds already is not paid again.
         budget: queries that may be spent; None allows exactly `evaluation_cost`.
+        on_lost: what to do about a query whose answer was lost: "stop", or "resend" and pay again.
 
     Raises:
-        InputError: no labels, other classes, another model or access level.
+        InputError: no images, no labels, other classes, another model or access level.
         BudgetError: it would cost more than `budget`; nothing was sent.
     """
     labels = match_labels(adapter, task)
     adapter.check(backend.capabilities)
-    cost = evaluation_cost(adapter, task, backend)
-    allowed = _allowed(budget, cost, "this evaluation")
-    with Ledger(ledger, allowed, extend=True) as book:
-        before = book.spent()
-        meter = Meter(backend, book)
-        plain = run_sync(plain_logits(meter, task.images, adapter.classes, "zero-shot"))
-        if adapter.strategy.uses_prompt:
-            tuned = run_sync(adapter.logits(meter, task.images, "tuned"))
-        else:
-            tuned = adapter.refined(plain)
-        spent = book.spent() - before
+    allowed = _allowed(budget, evaluation_cost(adapter, task, backend), "this evaluation")
+
+    async def ask(meter: Meter) -> tuple[Logits, Logits]:
+        plain = await plain_logits(meter, task.images, adapter.classes, "zero-shot")
+        if not adapter.strategy.uses_prompt:
+            return plain, adapter.refined(plain)
+        return plain, await adapter.logits(meter, task.images, "tuned")
+
+    (plain, tuned), spent = _spend(ask, backend, ledger, allowed, on_lost)
     return Evaluation(
         accuracy=float((tuned.argmax(1) == labels).mean()),
         zero_shot_accuracy=float((plain.argmax(1) == labels).mean()),
@@ -89,6 +97,7 @@ def predict(
     ledger: Path,
     *,
     budget: int | None = None,
+    on_lost: Lost = "stop",
 ) -> tuple[Predictions, int]:
     """Predict images under a ledger that remembers: the same images again cost nothing.
 
@@ -96,15 +105,35 @@ def predict(
         the predictions, and the queries that they cost now.
 
     Raises:
-        InputError: another model or access level.
+        InputError: no images, another model or access level.
         BudgetError: it would cost more than `budget`; nothing was sent.
     """
     adapter.check(backend.capabilities)
     cost = adapter.queries(images, backend.capabilities)
-    with Ledger(ledger, _allowed(budget, cost, "this prediction"), extend=True) as book:
+    allowed = _allowed(budget, cost, "this prediction")
+
+    async def ask(meter: Meter) -> Logits:
+        return await adapter.logits(meter, images, "predict")
+
+    logits, spent = _spend(ask, backend, ledger, allowed, on_lost)
+    return to_predictions(logits), spent
+
+
+def _spend(
+    ask: Callable[[Meter], Coroutine[Any, Any, Result]],
+    backend: Backend,
+    ledger: Path,
+    allowed: int,
+    on_lost: Lost,
+) -> tuple[Result, int]:
+    """Ask under a budget of its own; the result, and the queries that it cost now."""
+    with Ledger(ledger, extend=True) if ledger.exists() else Ledger(ledger, allowed) as book:
+        totals = book.totals()
+        again = totals.unknown + totals.open if on_lost == "resend" else 0
+    with Ledger(ledger, max(allowed + again, totals.budget), extend=True) as book:
         before = book.spent()
-        logits = run_sync(adapter.logits(Meter(backend, book), images, "predict"))
-        return to_predictions(logits), book.spent() - before
+        result = run_sync(ask(Meter(backend, book, on_lost=on_lost)))
+        return result, book.spent() - before
 
 
 def match_labels(adapter: Adapter, task: Task) -> NDArray[np.int64]:
@@ -115,6 +144,8 @@ def match_labels(adapter: Adapter, task: Task) -> NDArray[np.int64]:
     """
     if task.labels is None:
         raise InputError("evaluation needs labelled images; use `predict` for unlabelled ones")
+    if not len(task):
+        raise InputError("there are no images to evaluate on; give some")
     index = {name: i for i, name in enumerate(adapter.classes.names)}
     unknown = [name for name in task.class_names if name not in index]
     if unknown:

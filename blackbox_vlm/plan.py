@@ -13,7 +13,7 @@ from enum import StrEnum
 import numpy as np
 
 from blackbox_vlm.backend import Access, Capabilities, PromptScores, Request
-from blackbox_vlm.batching import split
+from blackbox_vlm.batching import distinct
 from blackbox_vlm.craft.guard import stratified_folds
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.errors import InputError
@@ -187,7 +187,7 @@ def _too_small(
 def _generation_cost(
     task: Task, capabilities: Capabilities, recipe: Recipe, members: tuple[int, ...] | range
 ) -> int:
-    per_prompt = len(split(_prompt_request(task, capabilities, members), capabilities))
+    per_prompt = len(distinct([_prompt_request(task, capabilities, members)], capabilities))
     return (recipe.population_size + (recipe.refine_on == "mean")) * per_prompt
 
 
@@ -232,7 +232,7 @@ def _step(
     times: int = 1,
 ) -> Step:
     """The cost of asking the observations so many times."""
-    requests = [part for observation in observations for part in split(observation, capabilities)]
+    requests = distinct(observations, capabilities)
     return Step(
         purpose=purpose,
         queries=times * len(requests),

@@ -30,6 +30,7 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.result = self.path / "result.json"
         self._description = self.path / "run.json"
+        self._started = self.path / ".started"
 
     @property
     def exists(self) -> bool:
@@ -54,16 +55,38 @@ class RunDirectory:
         if self.path.exists() and (not self.path.is_dir() or any(self._contents())):
             raise InputError(f"{self.path} exists and is no run; choose another --out")
 
-    def create(self, description: dict[str, Any]) -> None:
-        """Make the folder and write down how the run was started.
+    def make(self) -> None:
+        """Make the folder.
 
         Raises:
-            InputError: the folder is taken.
-            StorageError: it cannot be written.
+            StorageError: it cannot be made.
         """
-        self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.path}: {error.strerror}; nothing was sent. "
+                "Choose another --out"
+            ) from error
+
+    def mark_started(self) -> None:
+        """Say that from here on queries may have been spent.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            write_atomically(self._started, b"")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def create(self, description: dict[str, Any]) -> None:
+        """Write down how the run was started. Call it with the folder locked.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
             write_atomically(self._description, to_json(description))
         except OSError as error:
             raise StorageError(
@@ -88,8 +111,10 @@ class RunDirectory:
         """Refuse to go on with a run that has lost its memory of what it spent.
 
         Raises:
-            StorageError: the ledger is missing or empty.
+            StorageError: queries may have been spent, and the ledger is missing or empty.
         """
+        if not self._started.exists():
+            return  # it ended before its first query
         if not self.ledger.exists() or not self.ledger.stat().st_size:
             raise StorageError(
                 f"{self.ledger} is missing or empty, and what the run has spent with it; restore "

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from blackbox_vlm.backend import Backend, open_backend
 from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import SUFFIXES, quote
 from blackbox_vlm.ledger import Lost
 from blackbox_vlm.task import Task
 from blackbox_vlm.tuning import Options
@@ -78,6 +79,9 @@ class Settings:
     def open_backend(self) -> Backend:
         """The endpoint."""
         restrictions = dict(parse_restriction(text) for text in self.restrict)
+        if clash := restrictions.keys() & {"model", "pretrained", "device", "access"}:
+            name = min(clash)
+            raise InputError(f"--restrict {name}=... is an option of its own; give --{name}")
         if self.backend != "local":
             return open_backend(self.backend, **restrictions)
         return open_backend(
@@ -94,6 +98,11 @@ def load_task(
     data: Path, *, classes: str | None, template: str | None, strict: bool, split: str
 ) -> Task:
     """Read class folders, or a CSV file."""
+    if data.suffix.lower() in SUFFIXES and data.is_file():
+        raise InputError(
+            f"{quote(data)} is one image; wanted a folder with a sub-folder per class, or a CSV "
+            "file with the columns path and label"
+        )
     if data.is_file():
         return Task.from_csv(data, classes=classes, template=template, strict=strict)
     return Task.from_folder(data, classes=classes, template=template, split=split, strict=strict)

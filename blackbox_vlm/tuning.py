@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from blackbox_vlm._version import __version__
 from blackbox_vlm.adapter import Adapter
-from blackbox_vlm.backend import Backend, Capabilities
+from blackbox_vlm.backend import Backend, Capabilities, check_texts
 from blackbox_vlm.craft.craft import fit_refiner
 from blackbox_vlm.craft.guard import Strategy, Verdict, judge
 from blackbox_vlm.craft.recipes import Recipe, recipe_named
@@ -86,6 +87,7 @@ def dry_run(task: Task, capabilities: Capabilities, options: Options) -> Plan:
     Raises:
         InputError: the data, the access level or the budget does not allow it.
     """
+    _check_options(options)
     recipe = recipe_named(options.recipe)
     method = _method(options.method) or default_method(capabilities.access)
     made = make_plan(
@@ -133,15 +135,15 @@ def tune(
         BackendError, StorageError: the endpoint or the disk failed; the run can be resumed.
     """
     made = dry_run(task, backend.capabilities, options)
+    check_texts(backend, task.template, task.class_names)
     run = RunDirectory(Path(out))
-    if resume:
-        run.describe()
-        run.check_ledger()
-    else:
-        run.create(description or {})
-    on_plan(made)
-    with run.locked(), Ledger(run.ledger, options.budget, max_cost=options.max_cost) as ledger:
+    with ExitStack() as stack:
+        _claim(run, stack, description or {}, resume=resume)
+        ledger = stack.enter_context(Ledger(run.ledger, options.budget, max_cost=options.max_cost))
         ledger.bind(_fingerprint(task, backend.capabilities, options, made))
+        run.mark_started()
+        on_plan(made)
+        on_spent(ledger.spent())
         meter = Meter(
             backend,
             ledger,
@@ -156,6 +158,23 @@ def tune(
         adapter.save_pretrained(run.adapter)
         run.write_result(asdict(result))
     return result
+
+
+def _claim(
+    run: RunDirectory, stack: ExitStack, description: dict[str, Any], *, resume: bool
+) -> None:
+    """Lock the folder for this process, and start or take up its run."""
+    if resume:
+        run.describe()
+    else:
+        run.check_free()
+        run.make()
+    stack.enter_context(run.locked())
+    if resume:
+        run.check_ledger()
+    else:
+        run.check_free()  # another process may have been faster
+        run.create(description)
 
 
 async def _tune(
@@ -273,6 +292,17 @@ def _fingerprint(
         "model": declared.pop("model_id"),
         "endpoint": declared,
     }
+
+
+def _check_options(options: Options) -> None:
+    if not 1 <= options.budget < 2**63:
+        raise InputError(f"the budget is {options.budget} queries; give at least 1, below 2**63")
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"the seed is {options.seed}; wanted 0 to 2**63 - 1")
+    if options.max_cost is not None and not 0 <= options.max_cost < 9e9:
+        raise InputError(f"the limit is {options.max_cost} USD; give a number of 0 or more")
+    if options.on_lost not in ("stop", "resend"):
+        raise InputError(f"unknown on_lost {options.on_lost!r}; wanted stop or resend")
 
 
 def _method(name: str | None) -> Method | None:

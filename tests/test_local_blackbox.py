@@ -189,7 +189,7 @@ def test_noise_belongs_to_the_request(task: Task, soft: LocalBlackBox) -> None:
         ({"access": "scores", "top_k": 0}, "at least 1"),
         ({"access": "scores", "images_per_request": -1}, "at least 1"),
         ({"access": "scores", "decimals": 99}, "0 to 9"),
-        ({"access": "scores", "decimals": 2.5}, "0 to 9"),
+        ({"access": "scores", "decimals": 2.0}, "0 to 9"),
         ({"access": "scores", "images_per_request": 2.5}, "at least 1"),
         ({"access": "scores", "texts_per_request": "many"}, "at least 1"),
         ({"access": "scores", "noise": float("nan")}, "0 or more"),
