@@ -62,6 +62,7 @@ class DualEncoder:
         logit_scale: what a cosine is multiplied with to make a logit.
         logit_bias: added to it, for models trained with a sigmoid (SigLIP); else None.
         context_length: tokens of a text, its begin and end marks included.
+        device: "cpu" or "cuda".
         token_width: of a token embedding; None where soft prompts are not supported.
         token_std: standard deviation of the token embedding table; None likewise.
     """
@@ -73,6 +74,7 @@ class DualEncoder:
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = None if bias is None else float(bias)
         self.context_length = int(model.context_length)
+        self.device = device.type
         self._device = device
         self._preprocess, self._tokenize = opened.preprocess, opened.tokenize
         self._visual: torch.nn.Module | None = model.visual

@@ -161,6 +161,7 @@ def _declare(encoder: DualEncoder, access: Access, limits: Restrictions) -> Capa
         top_k=limits.top_k,
         soft_prompts=soft,
         idempotent=True,
+        conditions=f"noise {limits.noise:g}, {encoder.device}",
         requests_per_batch=REQUESTS_PER_BATCH,
     )
 

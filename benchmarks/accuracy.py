@@ -12,6 +12,7 @@ goes on.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -45,6 +46,7 @@ class Cell(NamedTuple):
     shots: int
     budget: int
     model: str
+    settings: str  # digest of the recipe and the version, so that old cells are not mixed in
 
 
 def main() -> None:
@@ -59,20 +61,29 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("runs/accuracy.jsonl"))
     given = parser.parse_args()
     cells = [
-        Cell(str(data), recipe, seed, given.shots, given.budget, given.model)
+        Cell(str(data), recipe, seed, given.shots, given.budget, given.model, digest(recipe))
         for seed in given.seeds
         for data in given.data
         for recipe in given.recipes
     ]
     rows = run_all(cells, given.results, given.jobs)
-    print_table([row for row in rows if Cell(*row["cell"]) in cells], given)
+    print_table([row for row in rows if tuple(row["cell"]) in cells], given)
+
+
+def digest(recipe: str) -> str:
+    """A few hex digits over everything that the recipe sets."""
+    from blackbox_vlm import __version__
+    from blackbox_vlm.craft.recipes import recipe_named
+
+    text = repr((__version__, recipe_named(recipe)))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def run_all(cells: list[Cell], results: Path, jobs: int) -> list[dict[str, Any]]:
     """Run what is not in the results yet; every finished cell is written at once."""
     results.parent.mkdir(parents=True, exist_ok=True)
     rows = list(read(results))
-    done = {Cell(*row["cell"]) for row in rows}
+    done = {tuple(row["cell"]) for row in rows}
     missing = [cell for cell in cells if cell not in done]
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs) as pool, results.open("a") as file:
@@ -166,7 +177,7 @@ def print_table(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
     print(f"\n| data set | {' | '.join(columns)} | the guard chose |")
     print("|---" * (len(columns) + 2) + "|")
     for name, row in table.items():
-        shown = [f"{np.mean(row[c]):.1f} ± {np.std(row[c]):.1f}" for c in columns]
+        shown = [f"{np.mean(row[c]):.1f} ± {np.std(row[c], ddof=1):.1f}" for c in columns]
         print(f"| {name} | {' | '.join(shown)} | {', '.join(sorted(chosen[name]))} |")
     averages = [np.mean([np.mean(row[c]) for row in table.values()]) for c in columns]
     print(f"| average | {' | '.join(f'{a:.1f}' for a in averages)} | |")

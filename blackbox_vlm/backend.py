@@ -88,6 +88,13 @@ class Capabilities:
     refusals_free: bool = False  # a complete 4xx answer is not billed
     requests_per_batch: int = 1  # how many requests it likes to get together; each stays one query
     concurrency: int = 1  # how many batches may be in flight
+    conditions: str = ""  # whatever else changes an answer: part of every query's key
+
+    @property
+    def identity(self) -> str:
+        """What must be the same for an answer to be the same: part of every query's key."""
+        shown = (self.score_kind.value, self.decimals, self.top_k, self.conditions)
+        return " ".join(map(str, (self.model_id, *shown)))
 
     def takes(self, request: Request) -> bool:
         """Whether the access level covers this kind of request."""
@@ -201,13 +208,13 @@ class Labels:
 Request = TextScores | PromptScores | ImageEmbeddings | TextEmbeddings | Labels
 
 
-def query_key(request: Request, model_id: str) -> str:
-    """The identity of a query: SHA-256 over the canonical bytes of model and request.
+def query_key(request: Request, identity: str) -> str:
+    """The identity of a query: SHA-256 over the canonical bytes of endpoint and request.
 
     Every part is preceded by its length, so that no two requests share their bytes.
     """
     digest = hashlib.sha256()
-    for part in (model_id, type(request).__name__, *_parts(request)):
+    for part in (identity, type(request).__name__, *_parts(request)):
         data = part if isinstance(part, bytes) else part.encode()
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)

@@ -54,7 +54,7 @@ def split(request: Request, capabilities: Capabilities) -> list[Request]:
 def distinct(observations: Iterable[Request], capabilities: Capabilities) -> list[Request]:
     """The different requests of observations: what asking them costs, since none is asked twice."""
     parts = [part for observation in observations for part in split(observation, capabilities)]
-    return list({query_key(part, capabilities.model_id): part for part in parts}.values())
+    return list({query_key(part, capabilities.identity): part for part in parts}.values())
 
 
 def join(request: Request, answers: Sequence[Array], capabilities: Capabilities) -> Array:

@@ -88,8 +88,8 @@ class Meter:
         ]
 
     async def _ask(self, requests: Sequence[Request], purpose: str) -> list[Array]:
-        model_id = self.capabilities.model_id
-        keys = [query_key(request, model_id) for request in requests]
+        identity = self.capabilities.identity
+        keys = [query_key(request, identity) for request in requests]
         known: dict[str, Array] = {}
         missing: dict[str, Request] = {}
         for key, request in zip(keys, requests, strict=True):

@@ -46,14 +46,6 @@ class CraftState(NamedTuple):
     generation: int
 
 
-class Generation(NamedTuple):
-    """What one generation measured, for people."""
-
-    best: float  # lowest fitness (3) of the population
-    mean: float
-    sigma: float
-
-
 def settings(recipe: Recipe, seed: int) -> cma.CMASettings:
     """The optimiser's settings under a recipe."""
     return cma.CMASettings(

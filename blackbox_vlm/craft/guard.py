@@ -1,9 +1,10 @@
 """Which modules to deploy, decided on the training images alone (ours).
 
 CraFT's refiner hurts on some data sets (by the paper's own log: ImageNet, Pets, Food), and so can a
-searched prompt. The images are split into folds; each arm is trained on the rest and predicts its
-fold; the arm with the best out-of-fold accuracy is deployed. Zero-shot trains on nothing, which
-favours it: what is deployed instead has beaten it with less data than it will be deployed with.
+searched prompt. The images are split into folds; each strategy is trained on the rest and predicts
+its fold; the one with the best out-of-fold accuracy is deployed. A strategy learns from fewer
+images here than it is deployed with, which holds it back against zero-shot; and the figure of the
+one chosen is the best of four, which flatters it a little. `evaluate` measures what it is worth.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from blackbox_vlm.scores import log_probabilities
 
 
 class Strategy(StrEnum):
-    """What is deployed; in this order they are preferred when they tie."""
+    """What is deployed; at equal accuracy and log-loss the first of them."""
 
     ZERO_SHOT = "zero-shot"
     REFINER = "refiner"
