@@ -150,4 +150,6 @@ class RunDirectory:
             lock.release()
 
     def _contents(self) -> Iterator[Path]:
-        return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+        """What is there, but for hidden files and the leavings of a write that was cut short."""
+        entries = self.path.iterdir()
+        return (e for e in entries if not e.name.startswith(".") and e.suffix != ".partial")
