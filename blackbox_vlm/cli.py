@@ -441,7 +441,9 @@ def _adapter(directory: RunDirectory) -> Adapter:
 
 def _default_run(data: Path, settings: Settings) -> Path:
     method = settings.method or ("craft" if settings.access == "soft" else "refine")
-    return Path("runs") / f"{data.absolute().stem}-{method}-{settings.seed}"
+    where = data.absolute()
+    name = where.parent.name if where.name == "train" else where.stem
+    return Path("runs") / f"{name}-{method}-{settings.seed}"
 
 
 def _absolute(path: Path | None) -> str | None:

@@ -183,7 +183,7 @@ class BillingBackend:
         self.capabilities = replace(inner.capabilities, idempotent=honours_keys)
 
     async def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        self._charge([query_key(request, self.capabilities.model_id) for request in requests])
+        self._charge([query_key(request, self.capabilities.identity) for request in requests])
         return await self.inner.answer(requests)
 
     async def aclose(self) -> None:

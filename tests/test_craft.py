@@ -198,6 +198,19 @@ def test_the_guard_refuses_a_refiner_that_only_memorises() -> None:
     assert verdict.accuracy[Strategy.PROMPT] < verdict.accuracy[Strategy.ZERO_SHOT]
 
 
+def test_a_refit_replaces_the_refiner_of_the_search() -> None:
+    """The guard judges what is deployed: a spoilt search refiner matters only without a refit."""
+    plain = world(np.ones((1, D)))[0]
+    members = [np.arange(0, N, 2), np.arange(1, N, 2)]
+    good = craft.fresh_refiner(RECIPE, C, 0).refiner
+    spoilt = good._replace(output_bias=torch.tensor([100.0, 0, 0]))
+    searches = [FoldSearch(plain, spoilt)] * 2
+    kept = judge(replace(RECIPE, refit=False), 0, LABELS, plain, members, searches)
+    assert kept.accuracy[Strategy.BOTH] == pytest.approx(1 / C)
+    refit = judge(replace(RECIPE, refit=True), 0, LABELS, plain, members, searches)
+    assert refit.accuracy[Strategy.BOTH] == refit.accuracy[Strategy.REFINER] > 1 / C
+
+
 def test_out_of_fold_predictions_do_not_see_their_own_labels() -> None:
     """Scores that identify every image and no class: a refiner that saw the labels were right."""
     plain = np.random.default_rng(1).standard_normal((N, C)).astype(np.float32)

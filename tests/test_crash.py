@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from doubles import LinearWorld, billed, scores
+from doubles import LinearWorld, billed, declare, scores
 
 from blackbox_vlm.backend import query_key
 from blackbox_vlm.errors import UnknownOutcome
@@ -263,7 +263,7 @@ def test_a_kill_at_each_point(
     assert check_books(tmp_path, 7) == spent
     assert len(billed(tmp_path / "bill")) == paid
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        keys = [query_key(scores(i), "linear-world-1") for i in range(6)]
+        keys = [query_key(scores(i), declare().identity) for i in range(6)]
         assert sum(ledger.answer(key) is not None for key in keys) == stored
         assert ledger.totals().open == spent - stored
         assert ledger.restore("state") is None

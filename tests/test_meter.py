@@ -193,7 +193,7 @@ def test_what_a_fault_costs(
         ask(meter, scores(2))
     assert backend.asked == 2  # never sent again by the meter
     assert counts(ledger) == (1 + charged, unknown, 0)
-    key = query_key(scores(2), world.capabilities.model_id)
+    key = query_key(scores(2), world.capabilities.identity)
     assert ledger.answer(key) is None  # an error is never stored (row 46)
 
 
@@ -357,7 +357,7 @@ def test_an_error_lets_the_others_finish_and_nobody_start(ledger: Ledger) -> Non
         ask(Meter(world, ledger), *map(scores, range(40)))
     assert world.asked == 4
     assert counts(ledger) == (4, 0, 0)
-    keys = [query_key(scores(index), world.capabilities.model_id) for index in range(4)]
+    keys = [query_key(scores(index), world.capabilities.identity) for index in range(4)]
     assert [ledger.answer(key) is not None for key in keys] == [True, False, True, True]
 
 
@@ -493,7 +493,7 @@ def test_a_poisoned_answer_is_not_replayed(ledger: Ledger) -> None:
 
 def test_an_open_attempt_of_another_process_is_not_asked_twice(ledger: Ledger) -> None:
     world = LinearWorld()
-    ledger.reserve([Entry(query_key(scores(1), world.capabilities.model_id), "search", 1, 3)])
+    ledger.reserve([Entry(query_key(scores(1), world.capabilities.identity), "search", 1, 3)])
     with pytest.raises(UnknownOutcome):
         ask(Meter(world, ledger), scores(1))
     assert (world.asked, ledger.spent()) == (0, 1)

@@ -14,6 +14,7 @@ from doubles import LinearWorld, declare, images
 
 from blackbox_vlm.adapter import Adapter
 from blackbox_vlm.backend import Access, Answer, Price, Request, ScoreKind, query_key
+from blackbox_vlm.craft import craft
 from blackbox_vlm.craft.recipes import CRAFT, CRAFT_PAPER, RECIPES
 from blackbox_vlm.errors import InputError, Interrupted, RunMismatch, StorageError, UnknownOutcome
 from blackbox_vlm.evaluation import evaluate, evaluation_cost, predict
@@ -114,6 +115,29 @@ def test_folds_never_see_the_images_that_judge_them(tmp_path: Path) -> None:
     shown = [{index[image] for image in request.images} for request in world.requests]
     for stage in stages:
         assert shown.count(set(stage.members)) >= stage.generations * 6
+
+
+def test_the_last_search_starts_where_the_folds_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, means = [], []
+    init, train = craft.init, craft.train_refiner
+
+    def watched_init(recipe: Any, n_classes: int, seed: int, start: Any = None) -> Any:
+        starts.append(start)
+        means.append(None)
+        return init(recipe, n_classes, seed, start)
+
+    def watched_train(recipe: Any, state: Any, *rest: Any, **more: Any) -> Any:
+        means[-1] = state.search.mean
+        return train(recipe, state, *rest, **more)
+
+    monkeypatch.setattr(craft, "init", watched_init)
+    monkeypatch.setattr(craft, "train_refiner", watched_train)
+    tune(make_task(), soft_world(), tmp_path / "run", options())
+    assert starts[:2] == [None, None]
+    np.testing.assert_allclose(starts[2], (means[0] + means[1]) / 2)
+    assert starts[2].any()
 
 
 def test_the_same_run_twice_leaves_the_same_files(tmp_path: Path) -> None:
