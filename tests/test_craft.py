@@ -181,6 +181,21 @@ def test_the_guard_takes_the_best_out_of_fold_and_breaks_ties_by_log_loss() -> N
     assert decide(dict.fromkeys(Strategy, soft), labels).chosen is Strategy.ZERO_SHOT
 
 
+def test_the_guard_leaves_its_default_only_for_what_is_clearly_better() -> None:
+    labels = np.zeros(100, dtype=np.int64)
+
+    def right(count: int) -> np.ndarray:
+        return np.where(np.arange(100)[:, None] < count, [[1.0, 0]], [[0, 1.0]]).astype(np.float32)
+
+    default = Strategy.BOTH
+    close = {Strategy.ZERO_SHOT: right(51)[::-1], default: right(50)}
+    assert decide(close, labels).chosen is Strategy.ZERO_SHOT
+    assert decide(close, labels, default).chosen is default
+    clear = {Strategy.ZERO_SHOT: right(60), default: right(50)}
+    assert decide(clear, labels, default).chosen is Strategy.ZERO_SHOT
+    assert decide({default: right(50)}, labels, default).chosen is default
+
+
 def test_the_guard_refuses_a_refiner_that_only_memorises() -> None:
     """Labels independent of the scores: whatever is learnt cannot help on held-out images."""
     random = np.random.default_rng(0)

@@ -2,9 +2,11 @@
 
 CraFT's refiner hurts on some data sets (by the paper's own log: ImageNet, Pets, Food), and so can a
 searched prompt. The images are split into folds; each strategy is trained on the rest and predicts
-its fold; the one with the best out-of-fold accuracy is deployed. A strategy learns from fewer
-images here than it is deployed with, which holds it back against zero-shot; and the figure of the
-one chosen is the best of four, which flatters it a little. `evaluate` measures what it is worth.
+its fold. CraFT's pair is deployed unless another strategy is better by more than one standard
+error: its prompts were searched here with half of the images and a part of the budget, so that they
+are worth more when deployed, while zero-shot and the refiner lose little or nothing by the split.
+The figure of the one chosen is among the best of four, which flatters it a little; `evaluate`
+measures what it is worth.
 """
 
 from __future__ import annotations
@@ -106,20 +108,35 @@ def judge(
                 refiner = fit_refiner(recipe, logits[~held], labels[~held], seed)
             out[Strategy.PROMPT][held] = logits[held]
             out[Strategy.BOTH][held] = refined(refiner, logits[held])
-    return decide(out, labels)
+    return decide(out, labels, default=Strategy.BOTH if searches else None)
 
 
-def decide(logits: Mapping[Strategy, NDArray[np.float32]], labels: NDArray[np.int64]) -> Verdict:
+def decide(
+    logits: Mapping[Strategy, NDArray[np.float32]],
+    labels: NDArray[np.int64],
+    default: Strategy | None = None,
+) -> Verdict:
     """Choose by out-of-fold accuracy; the lower log-loss breaks a tie.
 
     Args:
         logits: out-of-fold predictions of every strategy, `(N, C)` each.
         labels: `(N,)`.
+        default: what is kept unless another is better by more than the standard error of the
+            difference over the same images.
     """
-    accuracy = {s: float((logits[s].argmax(1) == labels).mean()) for s in Strategy if s in logits}
-    log_loss = {s: _log_loss(logits[s], labels) for s in accuracy}
+    correct = {s: logits[s].argmax(1) == labels for s in Strategy if s in logits}
+    accuracy = {s: float(right.mean()) for s, right in correct.items()}
+    log_loss = {s: _log_loss(logits[s], labels) for s in correct}
     chosen = max(accuracy, key=lambda s: (accuracy[s], -log_loss[s]))
+    if default is not None and not _clearly_better(correct[chosen], correct[default]):
+        chosen = default
     return Verdict(chosen, accuracy, log_loss, len(labels))
+
+
+def _clearly_better(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> bool:
+    """Whether the first is right more often, by more than the paired standard error."""
+    gain = one.astype(np.float64) - other
+    return bool(gain.mean() > gain.std() / np.sqrt(len(gain)))
 
 
 def _log_loss(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
