@@ -66,14 +66,14 @@ class Reporter:
         now = time.monotonic()
         if now - self._last_line >= LINE_EVERY or self._spent >= self._total:
             self._last_line = now
-            left = self._budget - self._spent
-            self._line(f"{self._spent} spent, {left} left; {self._note}{self._time_left(now)}")
+            spent = f"{self._spent} spent, {self._budget - self._spent} left"
+            self._line("; ".join(filter(None, (spent, self._note, self._time_left(now)))))
 
     def _time_left(self, now: float) -> str:
         if self._first is None or self._spent <= self._first[1]:
             return ""
         pace = (now - self._first[0]) / (self._spent - self._first[1])
-        return f"; about {pace * (self._total - self._spent):.0f} s to go"
+        return f"about {pace * (self._total - self._spent):.0f} s to go"
 
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")
