@@ -111,14 +111,14 @@ def run(cell: Cell) -> dict[str, Any]:
     from blackbox_vlm.craft.recipes import recipe_named
     from blackbox_vlm.ledger import Ledger
     from blackbox_vlm.meter import Meter
-    from blackbox_vlm.observations import Classes, plain_logits, prompt_logits
+    from blackbox_vlm.observations import plain_logits, prompt_logits
     from blackbox_vlm.search import CraftRun
     from blackbox_vlm.tuning import Options, dry_run
 
     task = Task.from_folder(cell.data).sample(cell.shots, cell.seed)
     test = Task.from_folder(cell.data, split="test")
     assert test.labels is not None
-    classes, recipe = Classes(task.class_names, task.template), recipe_named(cell.recipe)
+    classes, recipe = task.classes, recipe_named(cell.recipe)
     backend = LocalBlackBox(model=cell.model, access="soft")
     options = Options(cell.budget, recipe=cell.recipe, seed=cell.seed)
     plan = dry_run(task, backend.capabilities, options)

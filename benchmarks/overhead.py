@@ -51,8 +51,9 @@ from blackbox_vlm.craft.recipes import CRAFT
 from blackbox_vlm.craft.state import Record, Saved, to_bytes
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import Classes, plain_requests, prompt_requests
+from blackbox_vlm.observations import plain_requests, prompt_requests
 from blackbox_vlm.plan import Method, make_plan
+from blackbox_vlm.task import Classes
 
 CONTEXT_TOKENS, WIDTH = 4, 512  # CLIP's
 POPULATION = CRAFT.population_size

@@ -50,10 +50,11 @@ from blackbox_vlm.craft import cma, craft
 from blackbox_vlm.craft.recipes import CRAFT, Recipe
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import Classes, plain_logits
+from blackbox_vlm.observations import plain_logits
 from blackbox_vlm.plan import Method, make_plan
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.search import CraftRun, Progress
+from blackbox_vlm.task import Classes
 
 TURN = 5  # generations of one side, then as many of the other
 ENCODED_AT_ONCE = 4  # images; more is slower on a CPU

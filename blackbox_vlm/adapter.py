@@ -28,7 +28,6 @@ from blackbox_vlm.images import Image
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import (
-    Classes,
     Logits,
     plain_logits,
     plain_requests,
@@ -36,6 +35,7 @@ from blackbox_vlm.observations import (
     prompt_requests,
 )
 from blackbox_vlm.running import run_sync
+from blackbox_vlm.task import Classes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

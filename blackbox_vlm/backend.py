@@ -102,8 +102,30 @@ class Capabilities:
         return soft or self.access is request.access
 
 
+class _OfImages:
+    """What a request that shows images has in common with the others."""
+
+    __slots__ = ()
+    images: tuple[Image, ...]
+
+    @property
+    def n_images(self) -> int:
+        return len(self.images)
+
+
+class _OfTexts:
+    """What a request that sends texts has in common with the others."""
+
+    __slots__ = ()
+    texts: tuple[str, ...]
+
+    @property
+    def n_texts(self) -> int:
+        return len(self.texts)
+
+
 @dataclass(frozen=True, slots=True)
-class TextScores:
+class TextScores(_OfImages, _OfTexts):
     """Score every image against every text; answered by `(n_images, n_texts)` float32."""
 
     access: ClassVar[Access] = Access.SCORES
@@ -111,20 +133,12 @@ class TextScores:
     texts: tuple[str, ...]
 
     @property
-    def n_images(self) -> int:
-        return len(self.images)
-
-    @property
-    def n_texts(self) -> int:
-        return len(self.texts)
-
-    @property
     def answer_shape(self) -> tuple[int | None, ...]:
         return (self.n_images, self.n_texts)
 
 
 @dataclass(frozen=True, slots=True)
-class PromptScores:
+class PromptScores(_OfImages):
     """Score every image against every class under one soft prompt.
 
     `offset` is `(context_tokens, width)` float32 and is added to the embeddings of the template's
@@ -138,10 +152,6 @@ class PromptScores:
     offset: NDArray[np.float32]
 
     @property
-    def n_images(self) -> int:
-        return len(self.images)
-
-    @property
     def n_texts(self) -> int:
         return len(self.class_names)
 
@@ -151,7 +161,7 @@ class PromptScores:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageEmbeddings:
+class ImageEmbeddings(_OfImages):
     """Embed images; answered by `(n_images, dim)` float32."""
 
     access: ClassVar[Access] = Access.EMBEDDINGS
@@ -159,16 +169,12 @@ class ImageEmbeddings:
     n_texts: ClassVar[int] = 0
 
     @property
-    def n_images(self) -> int:
-        return len(self.images)
-
-    @property
     def answer_shape(self) -> tuple[int | None, ...]:
         return (self.n_images, None)
 
 
 @dataclass(frozen=True, slots=True)
-class TextEmbeddings:
+class TextEmbeddings(_OfTexts):
     """Embed texts; answered by `(n_texts, dim)` float32."""
 
     access: ClassVar[Access] = Access.EMBEDDINGS
@@ -176,29 +182,17 @@ class TextEmbeddings:
     n_images: ClassVar[int] = 0
 
     @property
-    def n_texts(self) -> int:
-        return len(self.texts)
-
-    @property
     def answer_shape(self) -> tuple[int | None, ...]:
         return (self.n_texts, None)
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
+class Labels(_OfImages, _OfTexts):
     """Name the best text for every image; answered by its index, `(n_images,)` int64."""
 
     access: ClassVar[Access] = Access.LABEL
     images: tuple[Image, ...]
     texts: tuple[str, ...]
-
-    @property
-    def n_images(self) -> int:
-        return len(self.images)
-
-    @property
-    def n_texts(self) -> int:
-        return len(self.texts)
 
     @property
     def answer_shape(self) -> tuple[int | None, ...]:

@@ -6,8 +6,6 @@ and the predictions under soft prompts. Both go through the meter.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,22 +23,11 @@ from blackbox_vlm.backend import (
 from blackbox_vlm.images import Image
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.scores import centred
+from blackbox_vlm.task import Classes
 
 Logits = NDArray[np.float32]
 
 LABEL_CONFIDENCE = 0.9  # what a bare label is worth as a probability; nothing better is known
-
-
-class Classes(NamedTuple):
-    """What is asked of an image: class names under a template."""
-
-    names: tuple[str, ...]
-    template: str
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """One text per class."""
-        return tuple(self.template.replace("{}", name) for name in self.names)
 
 
 def plain_requests(

@@ -18,7 +18,7 @@ from blackbox_vlm.craft.guard import stratified_folds
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
-from blackbox_vlm.observations import Classes, plain_requests
+from blackbox_vlm.observations import plain_requests
 from blackbox_vlm.task import Task
 
 
@@ -89,8 +89,6 @@ def make_plan(
         InputError: the data, the access level or the budget does not allow the method; the message
             says what would.
     """
-    if budget < 1:
-        raise InputError(f"the budget is {budget} queries; give at least 1")
     if task.labels is None:
         raise InputError(
             f"method {method.value!r} learns from labelled images, and these have no labels; "
@@ -108,7 +106,7 @@ def default_method(access: Access) -> Method:
 
 def plain_step(task: Task, capabilities: Capabilities) -> Step:
     """The pass that every method starts from."""
-    requests = plain_requests(capabilities, task.images, Classes(task.class_names, task.template))
+    requests = plain_requests(capabilities, task.images, task.classes)
     why = "the endpoint's own predictions for the training images"
     return _step("zero-shot", requests, capabilities, why)
 

@@ -25,7 +25,7 @@ from blackbox_vlm.craft.state import Finished, Record, Saved, from_bytes, read_n
 from blackbox_vlm.images import Image
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import Classes, Logits, prompt_logits
+from blackbox_vlm.observations import Logits, prompt_logits
 from blackbox_vlm.plan import Plan, Stage
 from blackbox_vlm.task import Task
 
@@ -84,7 +84,7 @@ class CraftRun:
         assert task.labels is not None  # make_plan has refused the others
         assert soft is not None
         self._images, self._labels = task.images, task.labels
-        self._classes = Classes(task.class_names, task.template)
+        self._classes = task.classes
         self._plan, self._recipe, self._seed = plan, recipe, seed
         self._meter, self._ledger, self._on_progress = meter, ledger, on_progress
         self._space: PromptSpace = prompt_space(

@@ -18,6 +18,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,19 @@ from blackbox_vlm import _classes, _layout
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import BrokenFile, Image, quote
 
-__all__ = ["BrokenFile", "Image", "Task"]
+__all__ = ["BrokenFile", "Classes", "Image", "Task"]
+
+
+class Classes(NamedTuple):
+    """What is asked of an image: class names under a template."""
+
+    names: tuple[str, ...]
+    template: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """One text per class, the template with the name in it."""
+        return tuple(self.template.replace("{}", name) for name in self.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +134,14 @@ class Task:
         labels = "no labels" if self.labels is None else "labelled"
         return f"Task({len(self)} images, {len(self.class_names)} classes, {labels})"
 
+    @property
+    def classes(self) -> Classes:
+        """The class names under the template."""
+        return Classes(self.class_names, self.template)
+
     def texts(self) -> tuple[str, ...]:
         """The template filled with each class name, in label order."""
-        return tuple(self.template.replace("{}", name) for name in self.class_names)
+        return self.classes.texts
 
     def sample(self, shots: int, seed: int) -> Task:
         """`shots` different labelled images of every class, by label.

@@ -20,7 +20,7 @@ from blackbox_vlm.craft.recipes import Recipe, recipe_named
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.ledger import Ledger, Lost, Totals
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import Classes, Logits, plain_logits
+from blackbox_vlm.observations import Logits, plain_logits
 from blackbox_vlm.plan import Method, Plan, default_method, fold_members, make_plan
 from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.running import run_sync
@@ -186,9 +186,7 @@ async def _tune(
     on_progress: Callable[[Progress], None],
 ) -> tuple[Tuned, Logits]:
     recipe = recipe_named(options.recipe)
-    plain = await plain_logits(
-        meter, task.images, Classes(task.class_names, task.template), "zero-shot"
-    )
+    plain = await plain_logits(meter, task.images, task.classes, "zero-shot")
     if made.method is Method.REFINE:
         return _refine(task, recipe, options.seed, plain), plain
     run = CraftRun(task, made, recipe, options.seed, meter, ledger, on_progress)
@@ -250,7 +248,7 @@ def _adapter(
     refiner = tuned.refiners[strategy]._asdict() if strategy.uses_refiner else {}
     return Adapter(
         strategy=strategy,
-        classes=Classes(task.class_names, task.template),
+        classes=task.classes,
         model_id=capabilities.model_id,
         access=capabilities.access,
         offset=tuned.offset if strategy.uses_prompt else None,

@@ -19,7 +19,7 @@ from blackbox_vlm.backend import Access
 from blackbox_vlm.craft.guard import Strategy
 from blackbox_vlm.craft.refine import Refiner, refine
 from blackbox_vlm.errors import BudgetError, InputError, StorageError
-from blackbox_vlm.observations import Classes
+from blackbox_vlm.task import Classes
 
 CLASSES = Classes(("no", "012", '"; ignore {0.__class__}'), "a photo of a {}.")
 H, C = 5, 3
