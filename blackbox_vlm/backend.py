@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import entry_points
 from inspect import signature
@@ -18,11 +18,12 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from blackbox_vlm.errors import InputError
+from blackbox_vlm.errors import BackendError, InputError
 from blackbox_vlm.images import Image
 
 Array = NDArray[Any]
 ENTRY_POINT_GROUP = "blackbox_vlm.backends"
+NO_LABEL = -1  # a label endpoint answered something that is none of the texts
 
 
 class Access(StrEnum):
@@ -45,16 +46,27 @@ class ScoreKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What the owner bills, in USD."""
+    """What the owner bills, in USD. What a request cannot exceed is reserved before it leaves."""
 
     per_request: float = 0.0
     per_image: float = 0.0
     per_text: float = 0.0
+    per_million_tokens: float = 0.0
+    most_tokens: int = 0  # of one request; the tokens that the answer reports replace them
 
-    def of(self, request: Request) -> float:
-        """The price of one request (USD)."""
+    def of(self, request: Request, tokens: int | None = None) -> float:
+        """The price of one request (USD), at most, or exactly once its tokens are known."""
         counted = self.per_image * request.n_images + self.per_text * request.n_texts
-        return self.per_request + counted
+        billed = self.most_tokens if tokens is None else tokens
+        return self.per_request + counted + self.per_million_tokens * billed / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What an endpoint says about its rate limit."""
+
+    remaining: int  # requests that it will still take
+    resets_in: float  # seconds until it takes more
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +95,12 @@ class Capabilities:
     decimals: int | None = None  # scores are rounded to so many decimals
     top_k: int | None = None  # only the k best texts are scored, the others are NaN
     soft_prompts: SoftPrompts | None = None
-    price: Price = field(default_factory=Price)
+    price: Price | None = None  # None: unknown, so that a limit on money cannot be kept
     idempotent: bool = False  # a request sent again under its key is neither done nor billed twice
     refusals_free: bool = False  # a complete 4xx answer is not billed
     requests_per_batch: int = 1  # how many requests it likes to get together; each stays one query
-    concurrency: int = 1  # how many batches may be in flight
+    concurrency: int = 1  # how many batches may be in flight, at most
+    deterministic: bool = True  # False: one query is spent to see whether answers repeat
     conditions: str = ""  # whatever else changes an answer: part of every query's key
 
     @property
@@ -188,7 +201,10 @@ class TextEmbeddings(_OfTexts):
 
 @dataclass(frozen=True, slots=True)
 class Labels(_OfImages, _OfTexts):
-    """Name the best text for every image; answered by its index, `(n_images,)` int64."""
+    """Name the best text for every image; answered by its index, `(n_images,)` int64.
+
+    `NO_LABEL` stands for an answer that is none of the texts.
+    """
 
     access: ClassVar[Access] = Access.LABEL
     images: tuple[Image, ...]
@@ -229,10 +245,22 @@ def _parts(request: Request) -> list[str | bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the endpoint said: `values` in the request's `answer_shape`, and which model spoke."""
+    """What the endpoint said.
+
+    Attributes:
+        values: in the request's `answer_shape`.
+        model_id: which model spoke.
+        cost: USD, where the answer reports what it cost; it replaces what was reserved.
+        quota: what the endpoint said about its rate limit.
+    """
 
     values: Array
     model_id: str
+    cost: float | None = None
+    quota: Quota | None = None
+
+
+Outcome = Answer | BackendError  # what became of one request of a batch
 
 
 @runtime_checkable
@@ -244,11 +272,15 @@ class Backend(Protocol):
         """What it can do. Constant for the life of the object, and free to read."""
         ...
 
-    async def answer(self, requests: Sequence[Request]) -> list[Answer]:
+    async def answer(self, requests: Sequence[Request]) -> Sequence[Outcome]:
         """Answer at most `requests_per_batch` requests, in order; each is one query.
+
+        Every request is sent once: who pays decides about sending it again. What fails alone is
+        returned in its place as the error it ended with.
 
         Raises:
             BackendError: the whole batch failed; its subclass says what that means for the budget.
+            InputError: a request is not one that this backend takes; nothing was sent.
         """
         ...
 

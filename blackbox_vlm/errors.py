@@ -9,9 +9,12 @@ BlackboxError
 └── BackendError          the endpoint, as the caller sees it
     ├── NotSent           the request never reached it: refunded, may be sent again
     ├── Refused           a complete answer that says no (4xx): refunded where refusals are free
-    │   └── AuthError     the key was refused: stop at once
+    │   ├── RateLimited   not now: may be sent again, later
+    │   ├── AuthError     the key was refused: stop at once
+    │   └── QuotaError    the account has no credit left: stop at once
     ├── UnknownOutcome    sent, and the answer was lost: charged
-    └── ContractError     answered, but not what it declares (shape, NaN, another model): charged
+    └── ContractError     answered, but not what it declares (shape, NaN, label): charged
+        └── ModelChanged  another model answered: stop at once
 
 A message says what was got, what was wanted and what to do. `exit_code` is what the command line
 returns for the error.
@@ -43,9 +46,23 @@ class BudgetError(BlackboxError):
 
 
 class BackendError(BlackboxError):
-    """The endpoint failed, as the caller sees it."""
+    """The endpoint failed, as the caller sees it.
+
+    Args:
+        message: what was got, what was wanted, what to do.
+        retry_after: seconds after which the endpoint asks to be tried again; None if it said
+            nothing.
+        final: whether sending the request again cannot help.
+    """
 
     exit_code = 4
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, final: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.final = final
 
 
 class NotSent(BackendError):
@@ -56,10 +73,20 @@ class Refused(BackendError):
     """The endpoint answered that it will not serve the request."""
 
 
+class RateLimited(Refused):
+    """The endpoint answered that it will not serve the request now."""
+
+
 class AuthError(Refused):
     """The endpoint refused the key: the run stops at once and can be resumed."""
 
     exit_code = 5
+
+
+class QuotaError(Refused):
+    """The account behind the key may spend no more: the run stops at once and can be resumed."""
+
+    exit_code = 7
 
 
 class UnknownOutcome(BackendError):
@@ -68,6 +95,10 @@ class UnknownOutcome(BackendError):
 
 class ContractError(BackendError):
     """The endpoint answered something else than it declares."""
+
+
+class ModelChanged(ContractError):
+    """Another model answered than the one that was asked: the scores are not comparable."""
 
 
 class StorageError(BlackboxError):

@@ -19,6 +19,7 @@ from blackbox_vlm.ledger import Ledger, Lost
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
 from blackbox_vlm.running import run_sync
+from blackbox_vlm.scores import predicted
 from blackbox_vlm.task import Task
 
 Result = TypeVar("Result")
@@ -81,8 +82,8 @@ def evaluate(
 
     (plain, tuned), spent = _spend(ask, backend, ledger, allowed, on_lost)
     return Evaluation(
-        accuracy=float((tuned.argmax(1) == labels).mean()),
-        zero_shot_accuracy=float((plain.argmax(1) == labels).mean()),
+        accuracy=float((predicted(tuned) == labels).mean()),
+        zero_shot_accuracy=float((predicted(plain) == labels).mean()),
         n_images=len(task),
         queries_spent=spent,
         budget=allowed,

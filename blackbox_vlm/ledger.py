@@ -119,6 +119,7 @@ class Ledger:
     ) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
+        self._inside = False  # a transaction
         with _storage_errors(self.path):
             self._db = self._open(budget, max_cost, extend)
 
@@ -166,11 +167,16 @@ class Ledger:
             ]
 
     def settle(self, attempts: Sequence[int], answers: Sequence[Answer]) -> None:
-        """Store the answers of reserved attempts, in one transaction."""
+        """Store the answers of reserved attempts, in one transaction.
+
+        A cost that an answer reports replaces the one that was reserved.
+        """
         with self._transaction():
             for attempt, answer in zip(attempts, answers, strict=True):
                 self._db.execute("UPDATE attempt SET outcome = 'done' WHERE id = ?", (attempt,))
                 self._store(attempt, answer)
+                if answer.cost is not None:
+                    self._correct(attempt, _nano(answer.cost))
 
     def forfeit(self, attempts: Sequence[int]) -> None:
         """Close attempts that the endpoint refused and bills: charged, may be asked anew."""
@@ -199,6 +205,12 @@ class Ledger:
                         "cost = cost - (SELECT cost FROM attempt WHERE id = ?)",
                         (attempt,),
                     )
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Put everything inside into one transaction: one commit, or none of it."""
+        with self._transaction():
+            yield
 
     # -- remembering ------------------------------------------------------------------------
 
@@ -366,15 +378,30 @@ class Ledger:
         sql = "UPDATE attempt SET outcome = ? WHERE id = ? AND outcome = 'open'"
         return self._db.execute(sql, (outcome, attempt)).rowcount == 1
 
+    def _correct(self, attempt: int, cost: int) -> None:
+        self._db.execute(
+            "UPDATE account SET cost = cost + ? - (SELECT cost FROM attempt WHERE id = ?)",
+            (cost, attempt),
+        )
+        self._db.execute("UPDATE attempt SET cost = ? WHERE id = ?", (cost, attempt))
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """One write transaction. Rolls back on any error, and on an interrupt wherever it falls."""
+        """One write transaction. Rolls back on any error, and on an interrupt wherever it falls.
+
+        Inside another one it is a part of that.
+        """
         with self._lock, _storage_errors(self.path):
+            if self._inside:
+                yield
+                return
             try:
+                self._inside = True
                 self._db.execute("BEGIN IMMEDIATE")
                 yield
                 self._db.execute("COMMIT")
             finally:
+                self._inside = False
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
 

@@ -2,7 +2,16 @@
 
 Whoever needs numbers from the endpoint (a search, a guard, an evaluation, a prediction) gives the
 meter observations and a purpose, and receives arrays. What the ledger already holds is replayed
-for nothing; everything else is charged before it leaves.
+for nothing; everything else is charged before it leaves. Sending again is decided here and nowhere
+else, because every sending may have to be paid:
+
+| what became of a query | charged | sent again |
+|---|---|---|
+| it never left | no | yes |
+| refused for now (429) | unless refusals are free | when the endpoint wants it |
+| refused otherwise | unless refusals are free | no, the run stops |
+| its answer was lost | yes | if the endpoint is idempotent, or paying again is allowed |
+| its answer is broken | yes | if paying again is allowed |
 """
 
 from __future__ import annotations
@@ -11,32 +20,41 @@ import asyncio
 from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
+import tenacity
 
 from blackbox_vlm.backend import (
     Answer,
     Array,
     Backend,
     Capabilities,
-    Labels,
-    PromptScores,
+    Outcome,
+    Price,
     Request,
-    ScoreKind,
-    TextScores,
     query_key,
 )
 from blackbox_vlm.batching import join, split
+from blackbox_vlm.commits import GroupCommit
+from blackbox_vlm.contract import Watch, check_answer
 from blackbox_vlm.errors import (
+    BackendError,
     ContractError,
     InputError,
     Interrupted,
     NotSent,
+    RateLimited,
     Refused,
     StorageError,
+    UnknownOutcome,
 )
 from blackbox_vlm.ledger import Entry, Ledger, Lost
+from blackbox_vlm.pacing import LONGEST_WAIT, Clock, Pacer, SystemClock
 
-_PROBABILITIES = (ScoreKind.SOFTMAX, ScoreKind.SIGMOID)
-_ROUNDING = 1e-3  # how far a rounded probability may lie outside 0..1
+ATTEMPTS = 3  # at one query
+DEADLINE = 600.0  # seconds, for all attempts at one query
+RETRIES_AT_FIRST = 10  # a few hiccups are no storm, however short the run
+RETRIES_PER_ANSWER = 0.1
+
+Batch = dict[str, Request]  # by query key
 
 
 class Meter:
@@ -49,7 +67,8 @@ class Meter:
             backend is not idempotent: "stop", or "resend" and pay again.
         should_stop: asked before every reservation; True ends the run with `Interrupted` after
             what is in flight has been settled.
-        on_spent: told the number of queries charged so far, after every batch.
+        on_spent: told the number of queries charged so far, after every commit.
+        clock: for waiting; tests have one of their own.
     """
 
     def __init__(
@@ -60,13 +79,19 @@ class Meter:
         on_lost: Lost = "stop",
         should_stop: Callable[[], bool] = lambda: False,
         on_spent: Callable[[int], None] = lambda spent: None,
+        clock: Clock | None = None,
     ) -> None:
         self._backend = backend
         self._ledger = ledger
         self._on_lost: Lost = on_lost
         self._should_stop = should_stop
-        self._on_spent = on_spent
+        self._clock = clock or SystemClock()
         self.capabilities: Capabilities = backend.capabilities
+        self._pacer = Pacer(self.capabilities.concurrency, self._clock, should_stop)
+        self._watch = Watch(self.capabilities)
+        self._retries = float(RETRIES_AT_FIRST + self.capabilities.concurrency)
+        self._commits = GroupCommit(ledger, self._tell)
+        self._on_spent, self._told = on_spent, -1
 
     async def observe(self, observations: Sequence[Request], purpose: str) -> list[Array]:
         """Ask observations of any size, as one unit of work; each becomes one array.
@@ -87,18 +112,37 @@ class Meter:
             for observation, row in zip(observations, parts, strict=True)
         ]
 
-    async def _ask(self, requests: Sequence[Request], purpose: str) -> list[Array]:
-        identity = self.capabilities.identity
+    async def canary(self, observation: Request, purpose: str = "canary") -> float:
+        """Ask the first request of an answered observation once more, for one query.
+
+        Returns:
+            the largest difference of a number from its first answer: the endpoint's noise.
+
+        Raises:
+            as `observe`.
+        """
+        first = split(observation, self.capabilities)[0]
+        [before] = await self._ask([first], purpose)
+        [after] = await self._ask([first], purpose, identity=f"{self.capabilities.identity} again")
+        return float(np.nanmax(np.abs(np.subtract(after, before, dtype=np.float64)), initial=0.0))
+
+    # -- known or asked -----------------------------------------------------------------------
+
+    async def _ask(
+        self, requests: Sequence[Request], purpose: str, *, identity: str | None = None
+    ) -> list[Array]:
+        identity = identity or self.capabilities.identity
         keys = [query_key(request, identity) for request in requests]
         known: dict[str, Array] = {}
-        missing: dict[str, Request] = {}
+        missing: Batch = {}
         for key, request in zip(keys, requests, strict=True):
             stored = self._replay(key, request) if key not in known else None
             if stored is not None:
                 known[key] = stored
             elif key not in known:
                 missing[key] = request
-        await self._send_all(missing, known, purpose)
+        if missing:
+            known.update(await self._send_all(missing, purpose))
         return [known[key] for key in keys]
 
     def _replay(self, key: str, request: Request) -> Array | None:
@@ -114,112 +158,182 @@ class Meter:
             ) from None
         return stored.values
 
-    async def _send_all(
-        self, missing: dict[str, Request], known: dict[str, Array], purpose: str
-    ) -> None:
-        batches = _batches(list(missing.items()), self.capabilities.requests_per_batch)
+    async def _send_all(self, missing: Batch, purpose: str) -> dict[str, Array]:
+        """Send batches by several workers; what is in flight when one fails is settled first."""
+        self._pacer.begin()
+        batches = _batches(missing, self.capabilities.requests_per_batch)
+        answered: dict[str, Array] = {}
+        broken: list[ContractError] = []
 
         async def worker() -> None:
             try:
                 for batch in batches:  # one shared iterator: each batch goes to one worker
-                    known.update(await self._send(batch, purpose))
+                    await self._deliver(batch, purpose, answered, broken)
             finally:
                 batches.close()  # after an error nobody takes another batch
 
         workers = [worker() for _ in range(self.capabilities.concurrency)]
         results = await asyncio.gather(*workers, return_exceptions=True)
-        for result in results:  # what was in flight is settled; now the first error may leave
+        await self._commits.flush()
+        for result in [*results, *broken]:
             if isinstance(result, BaseException):
                 raise result
+        return answered
 
-    async def _send(self, batch: list[tuple[str, Request]], purpose: str) -> dict[str, Array]:
+    # -- one batch, sent until it is answered or given up -------------------------------------
+
+    async def _deliver(
+        self,
+        batch: Batch,
+        purpose: str,
+        answered: dict[str, Array],
+        broken: list[ContractError],
+    ) -> None:
+        """A broken answer is set aside, so that the others are asked; anything else is raised."""
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(self._may_send_again),
+            wait=_wait,
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            sleep=self._pacer.sleep,
+            reraise=True,
+        )
+        try:
+            await retrying(self._attempt, batch, purpose, answered)
+        except ContractError as error:
+            if error.final:
+                raise
+            broken.append(error)
+
+    async def _attempt(self, batch: Batch, purpose: str, answered: dict[str, Array]) -> None:
+        """Send what is left of a batch once; what was answered leaves it.
+
+        Raises:
+            BackendError: the first that no further attempt can help, or else the first.
+        """
+        entered = await self._pacer.enter()
+        try:
+            outcomes = await self._send(batch, purpose)
+        finally:
+            self._pacer.leave(entered)
+        failures = []
+        for key, outcome in zip(list(batch), outcomes, strict=True):
+            self._listen(entered, outcome)
+            if isinstance(outcome, BackendError):
+                failures.append(outcome)
+            else:
+                answered[key] = outcome.values
+                del batch[key]
+        if failures:
+            raise min(failures, key=self._can_be_helped)
+
+    async def _send(self, batch: Batch, purpose: str) -> list[Outcome]:
+        """Reserve, send, and close the books on every request of the batch."""
         if self._should_stop():
             raise Interrupted("stopped on request; everything settled is kept")
-        attempts = self._reserve(batch, purpose)
-        requests = [request for _, request in batch]
+        requests = list(batch.values())
+        attempts = await self._commits.submit(lambda: self._reserve(batch, purpose))
         try:
-            answers = await self._backend.answer(requests)
-            self._check(requests, answers)
-        except (NotSent, InputError):
+            outcomes = self._checked(requests, await self._backend.answer(requests))
+        except InputError:
             self._ledger.refund(attempts)
             raise
-        except Refused:
-            free = self.capabilities.refusals_free
-            close = self._ledger.refund if free else self._ledger.forfeit
-            close(attempts)
-            raise
+        except BackendError as error:
+            outcomes = [error] * len(requests)
+            self._check(requests[0], error)
         except BaseException:
             self._ledger.lose(attempts)
             raise
-        self._ledger.settle(attempts, answers)
-        self._on_spent(self._ledger.spent())
-        return {key: answer.values for (key, _), answer in zip(batch, answers, strict=True)}
+        self._settle(attempts, outcomes)
+        return outcomes
 
-    def _reserve(self, batch: list[tuple[str, Request]], purpose: str) -> list[int]:
-        price = self.capabilities.price
+    def _reserve(self, batch: Batch, purpose: str) -> list[int]:
+        price = self.capabilities.price or Price()
         entries = [
             Entry(key, purpose, request.n_images, request.n_texts, price.of(request))
-            for key, request in batch
+            for key, request in batch.items()
         ]
         return self._ledger.reserve(
             entries, idempotent=self.capabilities.idempotent, on_lost=self._on_lost
         )
 
-    def _check(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
-        if len(answers) != len(requests):
-            raise ContractError(f"asked {len(requests)} requests, got {len(answers)} answers")
-        for request, answer in zip(requests, answers, strict=True):
-            check_answer(request, answer, self.capabilities)
+    def _checked(self, requests: Sequence[Request], outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Outcomes in which a broken answer is replaced by its error."""
+        if len(outcomes) != len(requests):
+            raise ContractError(f"asked {len(requests)} requests, got {len(outcomes)} answers")
+        return [self._check(*pair) for pair in zip(requests, outcomes, strict=True)]
+
+    def _check(self, request: Request, outcome: Outcome) -> Outcome:
+        if isinstance(outcome, Answer):
+            try:
+                self._watch.check(request, outcome)
+            except ContractError as error:
+                return error
+        elif isinstance(outcome, ContractError):
+            self._watch.broken(outcome)
+        return outcome
+
+    def _settle(self, attempts: list[int], outcomes: list[Outcome]) -> None:
+        """Answers are stored with the next commit; what failed is closed at once."""
+        answered = [
+            (attempt, outcome)
+            for attempt, outcome in zip(attempts, outcomes, strict=True)
+            if isinstance(outcome, Answer)
+        ]
+        if answered:
+            paid, answers = zip(*answered, strict=True)
+            self._commits.submit(lambda: self._ledger.settle(paid, answers))
+        for attempt, outcome in zip(attempts, outcomes, strict=True):
+            if isinstance(outcome, NotSent):
+                self._ledger.refund([attempt])
+            elif isinstance(outcome, Refused):
+                free = self.capabilities.refusals_free
+                (self._ledger.refund if free else self._ledger.forfeit)([attempt])
+            elif isinstance(outcome, BackendError):
+                self._ledger.lose([attempt])
+
+    def _tell(self) -> None:
+        spent = self._ledger.spent()
+        if spent != self._told:
+            self._told = spent
+            self._on_spent(spent)
+
+    # -- again? -------------------------------------------------------------------------------
+
+    def _listen(self, entered: float, outcome: Outcome) -> None:
+        """Let what an outcome says about the endpoint's limits slow everybody."""
+        if isinstance(outcome, Answer):
+            self._retries += RETRIES_PER_ANSWER
+            self._pacer.answered(entered, outcome.quota)
+        elif isinstance(outcome, RateLimited) or outcome.retry_after is not None:
+            self._pacer.refused(entered, outcome.retry_after)
+
+    def _may_send_again(self, error: BaseException) -> bool:
+        """Whether another attempt may help, is allowed, and is not one too many."""
+        if not isinstance(error, BackendError) or not self._can_be_helped(error):
+            return False
+        self._retries -= 1
+        return self._retries >= 0
+
+    def _can_be_helped(self, error: BackendError) -> bool:
+        if error.final or (error.retry_after or 0.0) > LONGEST_WAIT:
+            return False
+        if isinstance(error, UnknownOutcome):
+            return self.capabilities.idempotent or self._on_lost == "resend"
+        if isinstance(error, ContractError):  # an idempotent endpoint would repeat it
+            return self._on_lost == "resend" and not self.capabilities.idempotent
+        return isinstance(error, NotSent | RateLimited)
 
 
-def check_answer(request: Request, answer: Answer, capabilities: Capabilities) -> None:
-    """Refuse an answer that is not what the endpoint declares, before anything learns from it.
-
-    Raises:
-        ContractError: another model, another shape or type, NaN or infinity, a label out of range,
-            a probability outside 0..1, fewer scores than top-k promises.
-    """
-    if answer.model_id != capabilities.model_id:
-        raise ContractError(
-            f"asked model {capabilities.model_id!r}, {answer.model_id!r} answered; their scores "
-            "are not comparable. Fix the endpoint or start another run"
-        )
-    wanted, got = request.answer_shape, answer.values.shape
-    if len(got) != len(wanted) or any(w not in (None, g) for w, g in zip(wanted, got, strict=True)):
-        raise ContractError(f"wanted an answer of shape {wanted}, got {got}")
-    if answer.values.dtype.kind not in ("iu" if isinstance(request, Labels) else "f"):
-        kind = "whole numbers" if isinstance(request, Labels) else "floating-point numbers"
-        raise ContractError(f"wanted {kind}, got {answer.values.dtype}")
-    if isinstance(request, Labels):
-        if answer.values.size and not (
-            answer.values.min() >= 0 and answer.values.max() < request.n_texts
-        ):
-            raise ContractError(f"wanted labels in 0..{request.n_texts - 1}, got others")
-        return
-    scores = isinstance(request, TextScores | PromptScores)
-    if scores and capabilities.top_k is not None:
-        _check_censored(answer.values, capabilities.top_k)
-    elif not np.all(np.isfinite(answer.values)):
-        raise ContractError("wanted finite numbers, got NaN or infinity")
-    if scores and capabilities.score_kind in _PROBABILITIES:
-        _check_probabilities(answer.values)
+_backoff = tenacity.wait_exponential(multiplier=0.5, max=8.0) + tenacity.wait_random(0.0, 0.5)
 
 
-def _check_censored(values: Array, top_k: int) -> None:
-    given = np.isfinite(values).sum(axis=1)
-    if np.isinf(values).any() or np.any(given < min(top_k, values.shape[1])):
-        raise ContractError(f"wanted {top_k} finite scores per image, got NaN or infinity instead")
+def _wait(state: tenacity.RetryCallState) -> float:
+    """As long as the endpoint asks, or else a little longer every time."""
+    assert state.outcome is not None  # tenacity waits only after an attempt
+    asked = getattr(state.outcome.exception(), "retry_after", None)
+    return _backoff(state) if asked is None else float(asked)
 
 
-def _check_probabilities(values: Array) -> None:
-    if np.any((values < -_ROUNDING) | (values > 1 + _ROUNDING)):
-        raise ContractError(
-            f"wanted probabilities in 0..1, got {np.nanmin(values):g} to {np.nanmax(values):g}; "
-            "declare another kind of scores"
-        )
-
-
-def _batches(
-    items: list[tuple[str, Request]], size: int
-) -> Generator[list[tuple[str, Request]], None, None]:
-    return (items[at : at + size] for at in range(0, len(items), size))
+def _batches(missing: Batch, size: int) -> Generator[Batch, None, None]:
+    items = list(missing.items())
+    return (dict(items[at : at + size]) for at in range(0, len(items), size))

@@ -74,9 +74,13 @@ async def prompt_logits(
 
 
 def label_logits(labels: Array, n_classes: int) -> Logits:
-    """A bare label as logits: `LABEL_CONFIDENCE` on it, the rest shared evenly."""
+    """A bare label as logits: `LABEL_CONFIDENCE` on it, the rest shared evenly.
+
+    `NO_LABEL` says nothing of any class: its row is zero.
+    """
     margin = np.log(LABEL_CONFIDENCE / (1 - LABEL_CONFIDENCE) * (n_classes - 1))
-    return centred(np.eye(n_classes, dtype=np.float32)[labels] * np.float32(margin))
+    chosen = (labels[:, None] == np.arange(n_classes)).astype(np.float32)
+    return centred(chosen * np.float32(margin))
 
 
 def _cosine_logits(images: Array, texts: Array, scale: float) -> Logits:

@@ -13,7 +13,7 @@ from enum import StrEnum
 import numpy as np
 
 from blackbox_vlm.backend import Access, Capabilities, PromptScores, Request
-from blackbox_vlm.batching import distinct
+from blackbox_vlm.batching import distinct, split
 from blackbox_vlm.craft.guard import stratified_folds
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.errors import InputError
@@ -37,7 +37,7 @@ class Step:
     queries: int
     images: int  # images shown, over all queries
     texts: int
-    usd: float
+    usd: float | None  # None: the endpoint declares no price
     why: str
 
 
@@ -70,8 +70,10 @@ class Plan:
         return sum(step.queries for step in self.steps)
 
     @property
-    def usd(self) -> float:
-        return sum(step.usd for step in self.steps)
+    def usd(self) -> float | None:
+        """What that costs at most; None if the endpoint declares no price."""
+        costs = [step.usd for step in self.steps if step.usd is not None]
+        return sum(costs) if len(costs) == len(self.steps) else None
 
 
 def make_plan(
@@ -111,6 +113,21 @@ def plain_step(task: Task, capabilities: Capabilities) -> Step:
     return _step("zero-shot", requests, capabilities, why)
 
 
+def first_steps(task: Task, capabilities: Capabilities) -> list[Step]:
+    """What every method starts with: the plain pass, and a canary where answers may vary."""
+    steps = [plain_step(task, capabilities)]
+    if needs_canary(capabilities):
+        first = split(plain_requests(capabilities, task.images, task.classes)[0], capabilities)[:1]
+        why = "the first question once more: do answers repeat?"
+        steps.append(_step("canary", first, capabilities, why))
+    return steps
+
+
+def needs_canary(capabilities: Capabilities) -> bool:
+    """Whether to spend a query on the endpoint's noise; under a key it would repeat itself."""
+    return not (capabilities.deterministic or capabilities.idempotent)
+
+
 def fold_members(task: Task, n_folds: int, seed: int) -> list[tuple[int, ...]]:
     """For each fold, the indices of the images that its search may see."""
     assert task.labels is not None  # make_plan has refused unlabelled tasks
@@ -119,13 +136,13 @@ def fold_members(task: Task, n_folds: int, seed: int) -> list[tuple[int, ...]]:
 
 
 def _plan_refine(task: Task, capabilities: Capabilities, budget: int) -> Plan:
-    step = plain_step(task, capabilities)
-    if step.queries > budget:
+    plan = Plan(Method.REFINE, budget, tuple(first_steps(task, capabilities)))
+    if plan.queries > budget:
         raise InputError(
-            f"one pass over {len(task)} images takes {step.queries} queries at this endpoint and "
-            f"the budget is {budget}; give --budget {step.queries} or fewer --shots"
+            f"one pass over {len(task)} images takes {plan.queries} queries at this endpoint and "
+            f"the budget is {budget}; give --budget {plan.queries} or fewer --shots"
         )
-    return Plan(Method.REFINE, budget, (step,))
+    return plan
 
 
 def _plan_craft(
@@ -136,14 +153,13 @@ def _plan_craft(
             f"method 'craft' searches soft prompts, and this endpoint gives "
             f"{capabilities.access.value!r} access; use --access soft or --method refine"
         )
-    passes = [plain_step(task, capabilities), *_passes(task, capabilities, recipe)]
-    left = budget - sum(step.queries for step in passes)
+    first, last = first_steps(task, capabilities), _passes(task, capabilities, recipe)
+    left = budget - sum(step.queries for step in [*first, *last])
     stages = _stages(task, capabilities, recipe, left, seed)
     if stages is None:
         raise InputError(_too_small(task, capabilities, recipe, budget, seed))
     searches = [step for stage in stages for step in _search(task, capabilities, recipe, stage)]
-    plain, *others = passes
-    return Plan(Method.CRAFT, budget, (plain, *searches, *others), tuple(stages))
+    return Plan(Method.CRAFT, budget, (*first, *searches, *last), tuple(stages))
 
 
 def _stages(
@@ -167,7 +183,8 @@ def _too_small(
     task: Task, capabilities: Capabilities, recipe: Recipe, budget: int, seed: int
 ) -> str:
     """The message for a budget without a whole generation for every search, with one that has."""
-    passes = [plain_step(task, capabilities), *_passes(task, capabilities, recipe)]
+    first = first_steps(task, capabilities)
+    passes = [*first, *_passes(task, capabilities, recipe)]
     fixed = sum(step.queries for step in passes)
     generation = _generation_cost(task, capabilities, recipe, range(len(task)))
     enough = next(
@@ -178,7 +195,7 @@ def _too_small(
     return (
         f"the budget is {budget} queries; one generation takes {generation} at this endpoint and "
         f"CraFT with {recipe.folds} fold searches needs {enough} in all. Give --budget {enough}, "
-        f"or --method refine, which takes {passes[0].queries}"
+        f"or --method refine, which takes {sum(step.queries for step in first)}"
     )
 
 
@@ -231,11 +248,12 @@ def _step(
 ) -> Step:
     """The cost of asking the observations so many times."""
     requests = distinct(observations, capabilities)
+    price = capabilities.price
     return Step(
         purpose=purpose,
         queries=times * len(requests),
         images=times * sum(request.n_images for request in requests),
         texts=times * sum(request.n_texts for request in requests),
-        usd=times * sum(capabilities.price.of(request) for request in requests),
+        usd=times * sum(price.of(request) for request in requests) if price else None,
         why=why,
     )

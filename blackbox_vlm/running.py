@@ -12,11 +12,15 @@ Result = TypeVar("Result")
 
 def run_sync(work: Coroutine[Any, Any, Result]) -> Result:
     """Run a coroutine to its end, also where a loop runs already (a notebook)."""
+    return _in_thread(work) if _in_loop() else asyncio.run(work)
+
+
+def _in_loop() -> bool:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work)
-    return _in_thread(work)
+        return False
+    return True
 
 
 def _in_thread(work: Coroutine[Any, Any, Result]) -> Result:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax, logit
 
-from blackbox_vlm.backend import Array, Capabilities, ScoreKind
+from blackbox_vlm.backend import NO_LABEL, Array, Capabilities, ScoreKind
 
 SMALLEST_PROBABILITY = 1e-12  # what is smaller is noise in most endpoints' arithmetic
+SMALLEST_REST = 1e-6  # what is left of 1 below this is the rounding of float32 scores
 
 
 def to_logits(scores: Array, capabilities: Capabilities) -> NDArray[np.float32]:
@@ -48,10 +49,16 @@ def spread_missing_mass(probabilities: NDArray[np.float64]) -> NDArray[np.float6
     missing = np.isnan(probabilities)
     if not missing.any():
         return probabilities
-    rest = np.clip(1 - np.nansum(probabilities, axis=1, keepdims=True), 0, 1)
+    rest = np.clip(1 - np.nansum(probabilities, axis=1, keepdims=True), SMALLEST_REST, 1)
     share = rest / np.maximum(missing.sum(axis=1, keepdims=True), 1)
     lowest = np.nanmin(probabilities, axis=1, keepdims=True)
     return np.where(missing, np.minimum(share, lowest), probabilities)
+
+
+def predicted(logits: Array) -> NDArray[np.int64]:
+    """The best text of every image, `(n_images,)`; `NO_LABEL` where all are the same."""
+    best = np.asarray(logits.argmax(axis=1), dtype=np.int64)
+    return np.where(np.all(logits == logits[:, :1], axis=1), NO_LABEL, best)
 
 
 def log_probabilities(logits: Array) -> NDArray[np.float64]:

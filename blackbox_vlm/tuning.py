@@ -20,10 +20,11 @@ from blackbox_vlm.craft.recipes import Recipe, recipe_named
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.ledger import Ledger, Lost, Totals
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import Logits, plain_logits
-from blackbox_vlm.plan import Method, Plan, default_method, fold_members, make_plan
+from blackbox_vlm.observations import Logits, plain_logits, plain_requests
+from blackbox_vlm.plan import Method, Plan, default_method, fold_members, make_plan, needs_canary
 from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.running import run_sync
+from blackbox_vlm.scores import predicted
 from blackbox_vlm.search import CraftRun, Progress, Tuned
 from blackbox_vlm.task import Task
 
@@ -60,6 +61,7 @@ class TuneResult:
         tuned_accuracy: out-of-fold, of the strategy that was chosen; None without a guard.
         strategy: what the adapter deploys.
         queries_spent: of `budget`; `queries_planned` of them were foreseen.
+        noise: the largest difference between two answers to one question; None if not asked.
         adapter: its folder.
     """
 
@@ -75,6 +77,7 @@ class TuneResult:
     reason: str
     zero_shot_accuracy: float
     tuned_accuracy: float | None
+    noise: float | None
     spent_by_purpose: dict[str, int]
     n_images: int
     n_classes: int
@@ -93,7 +96,12 @@ def dry_run(task: Task, capabilities: Capabilities, options: Options) -> Plan:
     made = make_plan(
         task, capabilities, recipe, budget=options.budget, method=method, seed=options.seed
     )
-    if options.max_cost is not None and made.usd > options.max_cost:
+    if options.max_cost is not None and made.usd is None:
+        raise InputError(
+            f"the limit is {options.max_cost:g} USD and the endpoint's price is unknown, so that "
+            "it cannot be kept; declare the price, or leave the limit out"
+        )
+    if options.max_cost is not None and made.usd is not None and made.usd > options.max_cost:
         raise InputError(
             f"the plan costs {made.usd:g} USD and the limit is {options.max_cost:g}; "
             "give a smaller --budget or a higher --max-cost"
@@ -152,8 +160,8 @@ def tune(
             on_spent=on_spent,
         )
         work = _tune(task, made, options, meter, ledger, on_progress)
-        tuned, plain = run_sync(work)
-        result = _result(task, made, options, tuned, plain, ledger, run)
+        tuned, plain, noise = run_sync(work)
+        result = _result(task, made, options, tuned, plain, noise, ledger, run)
         adapter = _adapter(task, backend.capabilities, options, tuned, result, ledger.totals())
         adapter.save_pretrained(run.adapter)
         run.write_result(asdict(result))
@@ -184,13 +192,17 @@ async def _tune(
     meter: Meter,
     ledger: Ledger,
     on_progress: Callable[[Progress], None],
-) -> tuple[Tuned, Logits]:
+) -> tuple[Tuned, Logits, float | None]:
     recipe = recipe_named(options.recipe)
     plain = await plain_logits(meter, task.images, task.classes, "zero-shot")
+    noise = None
+    if needs_canary(meter.capabilities):
+        first = plain_requests(meter.capabilities, task.images, task.classes)[0]
+        noise = await meter.canary(first)
     if made.method is Method.REFINE:
-        return _refine(task, recipe, options.seed, plain), plain
+        return _refine(task, recipe, options.seed, plain), plain, noise
     run = CraftRun(task, made, recipe, options.seed, meter, ledger, on_progress)
-    return await run.run(plain), plain
+    return await run.run(plain), plain, noise
 
 
 def _refine(task: Task, recipe: Recipe, seed: int, plain: Logits) -> Tuned:
@@ -208,6 +220,7 @@ def _result(
     options: Options,
     tuned: Tuned,
     plain: Logits,
+    noise: float | None,
     ledger: Ledger,
     run: RunDirectory,
 ) -> TuneResult:
@@ -223,8 +236,9 @@ def _result(
         seed=options.seed,
         strategy=tuned.strategy.value,
         reason=_reason(options.recipe, verdict),
-        zero_shot_accuracy=float((plain.argmax(1) == _labels(task)).mean()),
+        zero_shot_accuracy=float((predicted(plain) == _labels(task)).mean()),
         tuned_accuracy=verdict.accuracy[verdict.chosen] if verdict else None,
+        noise=noise,
         spent_by_purpose=ledger.by_purpose(),
         n_images=len(task),
         n_classes=len(task.class_names),
@@ -278,6 +292,8 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """Everything that must stay the same for a run to go on."""
     declared = asdict(capabilities)
+    for speed in ("concurrency", "requests_per_batch"):  # change how fast, not what is answered
+        del declared[speed]
     return {
         "version": __version__,
         "seed": options.seed,

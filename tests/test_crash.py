@@ -31,6 +31,7 @@ CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 from doubles import BillingBackend, LinearWorld, declare, scores
+from blackbox_vlm.commits import GroupCommit
 from blackbox_vlm.errors import BlackboxError
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
@@ -59,10 +60,12 @@ def after(owner, name, nth):
     setattr(owner, name, hooked)
 
 def kill_at(point, nth, ledger):
-    if point == "before reserve":
-        before(Ledger, "reserve", nth)
-    elif point == "after reserve":
+    if point == "before commit":
+        before(GroupCommit, "_commit", nth)
+    elif point == "inside reserve":
         after(Ledger, "reserve", nth)
+    elif point == "after reserve":
+        after(GroupCommit, "_commit", nth)
     elif point == "in flight":
         after(BillingBackend, "_charge", nth)
     elif point == "after answer":
@@ -70,7 +73,7 @@ def kill_at(point, nth, ledger):
     elif point == "inside settle":
         before(Ledger, "_store", nth)
     elif point == "after settle":
-        after(Ledger, "settle", nth)
+        after(GroupCommit, "_commit", nth + 1)
     elif point == "during checkpoint":
         ledger._db.set_trace_callback(lambda sql: sql.startswith("DELETE FROM answer") and die())
 
@@ -242,13 +245,15 @@ def test_twenty_kills(
 
 
 POINTS = [
-    # point, spent, billed, answers stored, after the third query or at the end
-    ("before reserve", 2, 2, 2),
+    # point, spent, billed, answers stored, around the third query or at the end; one commit settles
+    # a query and reserves the next
+    ("before commit", 2, 2, 1),
+    ("inside reserve", 2, 2, 1),
     ("after reserve", 3, 2, 2),
     ("in flight", 3, 3, 2),
     ("after answer", 3, 3, 2),
     ("inside settle", 3, 3, 2),
-    ("after settle", 3, 3, 3),
+    ("after settle", 4, 3, 3),
     ("during checkpoint", 6, 6, 6),
 ]
 

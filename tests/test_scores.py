@@ -7,12 +7,15 @@ import pytest
 from doubles import declare
 from scipy.special import expit, softmax
 
-from blackbox_vlm.backend import ScoreKind
+from blackbox_vlm.backend import NO_LABEL, ScoreKind
+from blackbox_vlm.observations import label_logits
 from blackbox_vlm.scores import (
     SMALLEST_PROBABILITY,
+    SMALLEST_REST,
     centred,
     fill_censored,
     log_probabilities,
+    predicted,
     spread_missing_mass,
     to_logits,
 )
@@ -80,17 +83,33 @@ def test_the_mass_that_top_k_left_over_is_shared() -> None:
     expected = [
         [0.6, 0.2, 0.1, 0.1],  # 0.2 left over, shared
         [0.4, 0.1, 0.1, 0.1],  # 0.25 each would be above the lowest that was returned
-        [0.7, 0.3, 0.0, 0.0],
+        [0.7, 0.3, SMALLEST_REST / 2, SMALLEST_REST / 2],  # nothing left that float32 could show
     ]
     np.testing.assert_allclose(spread_missing_mass(values), expected, atol=1e-12)
     result = to_logits(values, declare(score_kind=ScoreKind.SOFTMAX, top_k=2))
     assert np.isfinite(result).all()
     np.testing.assert_allclose(result[0], np.log(expected[0]), rtol=1e-6)
-    assert result[2, 2] == pytest.approx(np.log(SMALLEST_PROBABILITY))
+    assert result[2, 2] == pytest.approx(np.log(SMALLEST_REST / 2))
 
 
 def test_rounding_up_leaves_no_negative_mass() -> None:
-    assert spread_missing_mass(np.array([[0.67, 0.34, NAN]]))[0, 2] == 0
+    assert spread_missing_mass(np.array([[0.67, 0.34, NAN]]))[0, 2] == SMALLEST_REST
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_rounding_of_float32_is_no_mass(seed: int) -> None:
+    """Scores that sum to 1 but for their last bits: the bits do not decide about the others."""
+    shown = np.random.default_rng(seed).dirichlet(np.ones(20)).astype(np.float32)
+    row = np.append(shown, [NAN, NAN]).astype(np.float64)[None]
+    assert spread_missing_mass(row)[0, -1] == pytest.approx(SMALLEST_REST / 2, rel=0.2)
+
+
+def test_a_label_is_a_logit_and_no_label_says_nothing() -> None:
+    logits = label_logits(np.array([2, NO_LABEL, 0]), 4)
+    confident = np.exp(log_probabilities(logits))
+    np.testing.assert_allclose(confident[0], [1 / 30, 1 / 30, 0.9, 1 / 30], rtol=1e-5)
+    np.testing.assert_array_equal(logits[1], 0)
+    np.testing.assert_allclose(confident[2, 0], 0.9, rtol=1e-5)
 
 
 def test_complete_rows_are_left_alone(logits: np.ndarray) -> None:
@@ -107,3 +126,8 @@ def test_centred_rows_have_mean_zero(logits: np.ndarray) -> None:
 def test_log_probabilities_survive_extreme_logits() -> None:
     result = log_probabilities(np.array([[1e4, 0.0], [-1e4, -1e4]]))
     np.testing.assert_allclose(result, [[0, -1e4], [np.log(0.5), np.log(0.5)]])
+
+
+def test_a_row_that_prefers_nothing_predicts_nothing() -> None:
+    logits = np.array([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [3.0, 1.0, 0.0]], dtype=np.float32)
+    assert predicted(logits).tolist() == [NO_LABEL, 1, 0]

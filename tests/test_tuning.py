@@ -191,7 +191,7 @@ class Flaky(LinearWorld):
     async def answer(self, requests: Sequence[Request]) -> list[Answer]:
         answers = await super().answer(requests)
         if self.asked % 3 == 0:
-            raise UnknownOutcome("the connection broke")
+            raise UnknownOutcome("the connection broke", final=True)
         return answers
 
 

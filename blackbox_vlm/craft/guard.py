@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from blackbox_vlm.craft.craft import Logits, fit_refiner, refined
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.craft.refine import Refiner
-from blackbox_vlm.scores import log_probabilities
+from blackbox_vlm.scores import log_probabilities, predicted
 
 
 class Strategy(StrEnum):
@@ -124,7 +124,7 @@ def decide(
         default: what is kept unless another is better by more than the standard error of the
             difference over the same images.
     """
-    correct = {s: logits[s].argmax(1) == labels for s in Strategy if s in logits}
+    correct = {s: predicted(logits[s]) == labels for s in Strategy if s in logits}
     accuracy = {s: float(right.mean()) for s, right in correct.items()}
     log_loss = {s: _log_loss(logits[s], labels) for s in correct}
     chosen = max(accuracy, key=lambda s: (accuracy[s], -log_loss[s]))

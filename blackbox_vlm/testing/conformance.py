@@ -1,10 +1,4 @@
-"""A test suite for backends: subclass it, say how to make yours, and pytest does the rest.
-
-    from blackbox_vlm.testing import BackendConformance
-
-    class TestMyBackend(BackendConformance):
-        def make_backend(self):
-            return MyBackend(endpoint="http://127.0.0.1:8000")
+"""What the meter relies on, as a test suite for a backend.
 
 Every test opens a backend of its own and closes it. A whole run sends some twenty small requests,
 so point it at an endpoint that is there for tests.
@@ -26,22 +20,32 @@ from blackbox_vlm.backend import (
     Capabilities,
     ImageEmbeddings,
     Labels,
+    Outcome,
     PromptScores,
     Request,
     ScoreKind,
     TextEmbeddings,
     TextScores,
 )
-from blackbox_vlm.errors import InputError, Refused
+from blackbox_vlm.contract import check_answer
+from blackbox_vlm.errors import BackendError, InputError, Refused
 from blackbox_vlm.images import Image
-from blackbox_vlm.meter import check_answer
 from blackbox_vlm.running import run_sync
+from blackbox_vlm.testing.bench import FaultHooks
+from blackbox_vlm.testing.faults import FaultMatrix
 
 TOLERANCE = 1e-3  # a batch may be added up in another order than a request alone
 
 
-class BackendConformance:
-    """What the meter relies on, as tests. Override `make_backend`; name the subclass `Test...`."""
+class BackendConformance(FaultHooks):
+    """What the meter relies on, as tests. Override `make_backend`; name the subclass `Test...`.
+
+    A subclass that overrides `make_remote` and `good_answer` gets the fault matrix as well.
+    """
+
+    def __init_subclass__(cls) -> None:
+        if cls.make_remote is not FaultHooks.make_remote:
+            cls.test_fault = FaultMatrix.test_fault  # type: ignore[attr-defined]
 
     def make_backend(self) -> Backend:
         """A fresh backend, in the setting under test."""
@@ -67,7 +71,7 @@ class BackendConformance:
         assert declared.decimals is None or declared.decimals >= 0
         assert min(declared.requests_per_batch, declared.concurrency) >= 1
         price = declared.price
-        assert min(price.per_request, price.per_image, price.per_text) >= 0
+        assert price is None or min(price.per_request, price.per_image, price.per_text) >= 0
         assert (declared.soft_prompts is not None) == (declared.access is Access.SOFT)
         run_sync(_ask(backend, [[request] for request in self._requests(declared, tmp_path)]))
         assert backend.capabilities == declared
@@ -140,10 +144,10 @@ class BackendConformance:
             assert isinstance(outcome, Exception), f"{type(request).__name__} was answered"
 
 
-Outcome = list[Array] | InputError | Refused
+Result = list[Array] | InputError | Refused
 
 
-async def _ask(backend: Backend, batches: Sequence[Sequence[Request]]) -> list[Outcome]:
+async def _ask(backend: Backend, batches: Sequence[Sequence[Request]]) -> list[Result]:
     """Ask batch by batch in one event loop, check every answer, and close the backend."""
     try:
         return [await _outcome(backend, batch) for batch in batches]
@@ -151,17 +155,22 @@ async def _ask(backend: Backend, batches: Sequence[Sequence[Request]]) -> list[O
         await backend.aclose()
 
 
-async def _outcome(backend: Backend, batch: Sequence[Request]) -> Outcome:
+async def _outcome(backend: Backend, batch: Sequence[Request]) -> Result:
     try:
-        answers = await backend.answer(batch)
+        pairs = zip(batch, await backend.answer(batch), strict=True)
+        return [_checked(request, found, backend.capabilities) for request, found in pairs]
     except (InputError, Refused) as refusal:
         return refusal
-    for request, answer in zip(batch, answers, strict=True):
-        check_answer(request, answer, backend.capabilities)
-    return [answer.values for answer in answers]
 
 
-def _answered(outcome: Outcome) -> list[Array]:
+def _checked(request: Request, outcome: Outcome, capabilities: Capabilities) -> Array:
+    if isinstance(outcome, BackendError):
+        raise outcome
+    check_answer(request, outcome, capabilities)
+    return outcome.values
+
+
+def _answered(outcome: Result) -> list[Array]:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
