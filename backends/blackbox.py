@@ -1,0 +1,162 @@
+"""Our own protocol: all that the seam can ask, one POST each, with the bill in the answer.
+
+Every request has an id, which its answer repeats, and goes under an idempotency key: sent again, it
+is answered from the server's memory and not billed again. Numbers are float32 and arrive exactly,
+so that a run over HTTP is the run on the model itself. `blackbox-vlm serve-blackbox` speaks it, and
+its `/openapi.json` describes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from blackbox_vlm.backend import (
+    NO_LABEL,
+    Access,
+    Array,
+    Capabilities,
+    ImageEmbeddings,
+    Labels,
+    PromptScores,
+    Request,
+    ScoreKind,
+    SoftPrompts,
+    TextEmbeddings,
+    TextScores,
+    query_key,
+)
+from blackbox_vlm.errors import InputError
+
+from .endpoint import (
+    Call,
+    Count,
+    EndpointOptions,
+    HttpBackend,
+    Reading,
+    ScoringOptions,
+    Text,
+    member,
+    numbers,
+    wrong,
+)
+from .transport import MAX_BODY, Reply
+
+ROOT = "/blackbox/v1"
+PATHS: dict[type[Request], str] = {
+    TextScores: "/scores",
+    PromptScores: "/prompt-scores",
+    ImageEmbeddings: "/image-embeddings",
+    TextEmbeddings: "/text-embeddings",
+    Labels: "/labels",
+}
+MAX_DIM = 8192  # of an embedding; only bounds how many bytes of an answer are read
+BYTES_PER_NUMBER = 32  # as JSON text, at most
+
+
+class BlackboxOptions(ScoringOptions):
+    """The keys of `protocol = "blackbox"`; `url` is the root of the server.
+
+    Attributes:
+        access: what the server gives.
+        context_tokens, width, token_std: of soft prompts, with `access = "soft"`; see
+            `blackbox_vlm.backend.SoftPrompts`.
+    """
+
+    access: Access = Access.SCORES
+    score_kind: ScoreKind = ScoreKind.LOGITS
+    context_tokens: Count | None = None
+    width: Count | None = None
+    token_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    idempotency_header: Text | None = "Idempotency-Key"
+    refusals_free: bool = True
+    deterministic: bool = True
+
+
+class Blackbox(HttpBackend):
+    """A server that speaks our own protocol. Options: `BlackboxOptions`."""
+
+    Options: ClassVar[type[EndpointOptions]] = BlackboxOptions
+
+    def declare(self) -> Capabilities:
+        """What the options say.
+
+        Raises:
+            InputError: soft access without the numbers of its soft prompts, or these without it.
+        """
+        access, soft = self.options.access, self._soft_prompts()
+        if (access is Access.SOFT) != (soft is not None):
+            raise InputError(
+                f"got access {access.value!r} with {soft or 'no soft prompts'}; wanted access "
+                "'soft' with context_tokens, width and token_std, or another one without them"
+            )
+        return self.declared(access=access, soft_prompts=soft)
+
+    def encode(self, request: Request) -> Call:
+        """Images in base64, texts as they are, an offset in base64 of little-endian float32."""
+        body = {"id": self._id(request), "model": self.options.model, **self._content(request)}
+        count = math.prod(MAX_DIM if length is None else length for length in request.answer_shape)
+        most = MAX_BODY + BYTES_PER_NUMBER * count
+        return Call(body, ROOT + PATHS[type(request)], most=most)
+
+    def decode(self, reply: Reply, request: Request) -> Reading:
+        """The values, what they cost, and which model gave them."""
+        if member(reply.data, "id", str) != self._id(request):
+            raise wrong("the answer's id", "the one that was sent", "another")
+        usage = member(reply.data, "usage", dict)
+        usd = float(member(usage, "usd", (int, float)))
+        if usd < 0:
+            raise wrong("the answer's usage.usd", "0 or more", f"{usd}")
+        values = member(reply.data, "values", list)
+        return Reading(_read(values, request), member(reply.data, "model", str), cost=usd)
+
+    def _soft_prompts(self) -> SoftPrompts | None:
+        shape = (self.options.context_tokens, self.options.width, self.options.token_std)
+        if None not in shape:
+            return SoftPrompts(*shape)
+        if shape == (None, None, None):
+            return None
+        raise InputError(
+            f"got context_tokens, width and token_std {shape}; wanted all three, or none"
+        )
+
+    def _id(self, request: Request) -> str:
+        return query_key(request, self.capabilities.identity)
+
+    def _content(self, request: Request) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        if not isinstance(request, TextEmbeddings):
+            content["images"] = [self.uploads.base64(image) for image in request.images]
+        if isinstance(request, PromptScores):
+            content["class_names"] = list(request.class_names)
+            content["template"] = request.template
+            content["offset"] = _packed(request.offset)
+        elif not isinstance(request, ImageEmbeddings):
+            content["texts"] = list(request.texts)
+        return content
+
+
+def _packed(offset: NDArray[np.float32]) -> dict[str, Any]:
+    data = np.ascontiguousarray(offset, dtype="<f4").tobytes()
+    return {"shape": list(offset.shape), "data": base64.b64encode(data).decode("ascii")}
+
+
+def _read(values: list[Any], request: Request) -> Array:
+    if isinstance(request, Labels):
+        return _labels(values, request)
+    return numbers(values, request.answer_shape, "the answer's values")
+
+
+def _labels(values: list[Any], request: Labels) -> Array:
+    """Places among the texts, or `NO_LABEL`."""
+    if len(values) != request.n_images:
+        raise wrong("the answer's values", f"{request.n_images} labels", f"{len(values)}")
+    for value in values:
+        if type(value) is not int or not NO_LABEL <= value < request.n_texts:
+            raise wrong("the answer's values", f"places below {request.n_texts}", repr(value))
+    return np.array(values, dtype=np.int64)

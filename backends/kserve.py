@@ -1,0 +1,241 @@
+"""The Open Inference Protocol, version 2, as KServe, Triton and MLServer speak it over REST.
+
+Images and texts are BYTES tensors of shape [n, 1] (pictures in base64), scores one floating-point
+tensor [n_images, n_texts], row by row. A model may take soft prompts as an FP32 tensor, which is
+added to its own embeddings of the template, or give embeddings instead of scores. Every request has
+an id; the echo of another one, or another version of the model, spoils the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from blackbox_vlm.backend import (
+    Access,
+    Capabilities,
+    ImageEmbeddings,
+    PromptScores,
+    Request,
+    ScoreKind,
+    SoftPrompts,
+    TextEmbeddings,
+    TextScores,
+    query_key,
+)
+from blackbox_vlm.errors import ContractError, InputError, ModelChanged
+
+from .endpoint import (
+    Call,
+    Count,
+    EndpointOptions,
+    HttpBackend,
+    Reading,
+    ScoringOptions,
+    Text,
+    member,
+    numbers,
+    wrong,
+)
+from .transport import MAX_BODY, Reply
+
+FLOATS = ("FP16", "FP32", "FP64")
+MAX_DIM = 8192  # of an embedding; only bounds how many bytes of an answer are read
+BYTES_PER_NUMBER = 32  # as JSON text, at most
+
+_TENSORS = (
+    "image_input",
+    "text_input",
+    "class_input",
+    "template_input",
+    "offset_input",
+    "output",
+    "image_output",
+    "text_output",
+)
+
+
+class KServeOptions(ScoringOptions):
+    """The keys of `protocol = "kserve"`; `url` is the root of the server, before `/v2`.
+
+    Attributes:
+        version: of the model; left out, the server chooses, and must not change its choice.
+        access: left out, it is soft where soft prompts are declared, else scores.
+        context_tokens, width, token_std: of soft prompts, all three or none; see
+            `blackbox_vlm.backend.SoftPrompts`.
+        image_input, text_input: names of the tensors that carry images and texts.
+        class_input, template_input, offset_input: of those that carry a soft prompt.
+        output: of the tensor with the scores.
+        image_output, text_output: of those with embeddings.
+    """
+
+    score_kind: ScoreKind = ScoreKind.LOGITS
+    version: Text | None = None
+    access: Literal["scores", "soft", "embeddings"] | None = None
+    context_tokens: Count | None = None
+    width: Count | None = None
+    token_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    image_input: Text = "image"
+    text_input: Text = "prompts"
+    class_input: Text = "class_names"
+    template_input: Text = "template"
+    offset_input: Text = "offset"
+    output: Text = "logits"
+    image_output: Text = "image_embeddings"
+    text_output: Text = "text_embeddings"
+
+
+class KServe(HttpBackend):
+    """A model behind the V2 inference protocol. Options: `KServeOptions`."""
+
+    Options: ClassVar[type[EndpointOptions]] = KServeOptions
+
+    def __init__(self, *, inner: Any = None, **options: Any) -> None:
+        super().__init__(inner=inner, **options)
+        self._version: str | None = self.options.version
+
+    def declare(self) -> Capabilities:
+        """What the options say.
+
+        Raises:
+            InputError: soft prompts are declared in part, or beside another access level.
+        """
+        soft = self._soft_prompts()
+        access = Access(self.options.access or (Access.SOFT if soft else Access.SCORES))
+        if (access is Access.SOFT) != (soft is not None):
+            raise InputError(
+                f"access {access.value!r} and soft prompts {soft}; wanted access 'soft' with "
+                "context_tokens, width and token_std, or another access without them"
+            )
+        names = " ".join(getattr(self.options, name) for name in _TENSORS)
+        conditions = f"version={self.options.version} {names}"
+        return self.declared(access=access, soft_prompts=soft, conditions=conditions)
+
+    def encode(self, request: Request) -> Call:
+        """Raises InputError: an offset of another shape than declared."""
+        body = {
+            "id": self._id(request),
+            "inputs": self._inputs(request),
+            "outputs": [{"name": self._output(request)}],
+        }
+        version = f"/versions/{quote(self.options.version, '')}" if self.options.version else ""
+        path = f"/v2/models/{quote(self.options.model, '')}{version}/infer"
+        return Call(body, path, most=_most(request))
+
+    def decode(self, reply: Reply, request: Request) -> Reading:
+        """The tensor that was asked for, from the model that was asked."""
+        model = member(reply.data, "model_name", str)
+        self._check_id(reply.data, request)
+        self._check_version(reply.data)
+        output = _named(member(reply.data, "outputs", list), self._output(request))
+        return Reading(_array(output, request.answer_shape), model)
+
+    def _soft_prompts(self) -> SoftPrompts | None:
+        options = self.options
+        shape = (options.context_tokens, options.width, options.token_std)
+        if None not in shape:
+            return SoftPrompts(*shape)
+        if shape != (None, None, None):
+            raise InputError(
+                f"got context_tokens, width and token_std {shape}; wanted all three or none"
+            )
+        return None
+
+    def _inputs(self, request: Request) -> list[dict[str, Any]]:
+        options = self.options
+        match request:
+            case TextScores():
+                return [self._images(request), _texts(options.text_input, request.texts)]
+            case PromptScores():
+                return [
+                    self._images(request),
+                    _texts(options.class_input, request.class_names),
+                    _texts(options.template_input, (request.template,)),
+                    self._offset(request.offset),
+                ]
+            case TextEmbeddings():
+                return [_texts(options.text_input, request.texts)]
+            case _:
+                return [self._images(request)]
+
+    def _images(self, request: Any) -> dict[str, Any]:
+        uploads = tuple(self.uploads.base64(image) for image in request.images)
+        return _texts(self.options.image_input, uploads)
+
+    def _offset(self, offset: NDArray[np.float32]) -> dict[str, Any]:
+        shape = [self.options.context_tokens, self.options.width]
+        if list(offset.shape) != shape:
+            raise InputError(f"a soft prompt of shape {offset.shape}; this endpoint takes {shape}")
+        data = offset.ravel().tolist()
+        name = self.options.offset_input
+        return {"name": name, "shape": shape, "datatype": "FP32", "data": data}
+
+    def _output(self, request: Request) -> str:
+        if isinstance(request, ImageEmbeddings):
+            return str(self.options.image_output)
+        if isinstance(request, TextEmbeddings):
+            return str(self.options.text_output)
+        return str(self.options.output)
+
+    def _id(self, request: Request) -> str:
+        return query_key(request, self.capabilities.identity)
+
+    def _check_id(self, data: dict[str, object], request: Request) -> None:
+        if data.get("id") not in (None, "", self._id(request)):  # Triton leaves out, others echo
+            raise ContractError(
+                "the answer's id is that of another request; the endpoint, or what is between, "
+                "mixes answers up. Ask for fewer at a time (concurrency = 1)"
+            )
+
+    def _check_version(self, data: dict[str, object]) -> None:
+        if data.get("model_version") is None:
+            return
+        said = member(data, "model_version", str)
+        self._version = self._version or said
+        if said != self._version:
+            raise ModelChanged(
+                f"version {said!r} of the model answered, {self._version!r} was asked for or "
+                "answered before; their scores are not comparable. Declare the version",
+                final=True,
+            )
+
+
+def _texts(name: str, values: tuple[str, ...]) -> dict[str, Any]:
+    """A BYTES tensor [n, 1]."""
+    return {"name": name, "shape": [len(values), 1], "datatype": "BYTES", "data": list(values)}
+
+
+def _named(outputs: list[Any], name: str) -> Any:
+    """The output of that name; there must be one."""
+    found = [output for output in outputs if member(output, "name", str) == name]
+    if len(found) != 1:
+        raise wrong("the answer's outputs", f"one named {name!r}", f"{len(found)}")
+    return found[0]
+
+
+def _array(output: object, shape: tuple[int | None, ...]) -> NDArray[np.float32]:
+    """A floating-point tensor: flat in row-major order or, as the protocol allows, nested."""
+    datatype = member(output, "datatype", str)
+    if datatype not in FLOATS:
+        raise wrong("the output's datatype", f"one of {', '.join(FLOATS)}", datatype)
+    said = tuple(member(output, "shape", list))
+    fits = len(said) == len(shape) and all(
+        type(length) is int and length > 0 and wanted in (None, length)
+        for length, wanted in zip(said, shape, strict=True)
+    )
+    if not fits:
+        raise wrong("the output's shape", f"{shape}", f"{said}")
+    data = member(output, "data", list)
+    nested = bool(data) and isinstance(data[0], list)
+    flat = said if nested else (math.prod(said),)
+    return numbers(data, flat, "the output's data").reshape(said)
+
+
+def _most(request: Request) -> int:
+    count = math.prod(MAX_DIM if length is None else length for length in request.answer_shape)
+    return max(MAX_BODY, BYTES_PER_NUMBER * count)

@@ -1,0 +1,293 @@
+"""Our own protocol: everything that the seam can ask, with the bill in every answer.
+
+A request may carry `id`, which its answer repeats, and the header `Idempotency-Key`: sent again
+under the same key, it is answered from memory and not billed again. Numbers are float32 and survive
+the way exactly.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter
+from numpy.typing import NDArray
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from blackbox_vlm.backend import (
+    Access,
+    Array,
+    ImageEmbeddings,
+    Labels,
+    PromptScores,
+    ScoreKind,
+    TextEmbeddings,
+    TextScores,
+)
+
+from .billing import Usage
+from .refusal import Refusal
+from .service import Question, Service, plain
+from .wire import (
+    PROBLEMS,
+    IdempotencyKey,
+    Images,
+    Own,
+    Text,
+    Texts,
+    check_offset,
+    check_template,
+    new_router,
+)
+
+Row = list[float | None]
+
+
+class Asked(Own):
+    """What every request may carry.
+
+    `id` is repeated in the answer; `model` is refused where another one is served.
+    """
+
+    id: Annotated[str, Field(max_length=255)] = ""
+    model: str | None = None
+
+
+class ScoresAsked(Asked):
+    """Images to score against texts."""
+
+    images: Images
+    texts: Texts
+
+
+class Offset(Own):
+    """`(context_tokens, width)` float32, little-endian, row by row, in base64."""
+
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=65536)]], Field(min_length=2, max_length=2)]
+    data: Annotated[str, Field(min_length=1)]
+
+
+class PromptScoresAsked(Asked):
+    """Images to score against classes under a soft prompt.
+
+    `offset` is added to the embeddings of the template's last words before the class name.
+    """
+
+    images: Images
+    class_names: Texts
+    template: Text
+    offset: Offset
+
+
+class ImagesAsked(Asked):
+    """Images to embed."""
+
+    images: Images
+
+
+class TextsAsked(Asked):
+    """Texts to embed."""
+
+    texts: Texts
+
+
+class Billed(Own):
+    """What the request was billed."""
+
+    queries: int
+    images: int
+    texts: int
+    usd: float
+
+
+class Told(Own):
+    """What every answer carries."""
+
+    id: str
+    model: str
+    usage: Billed
+
+
+class NumbersTold(Told):
+    """One row for each image (or text); null for a score that is withheld."""
+
+    values: list[Row]
+
+
+class LabelsTold(Told):
+    """For each image the place of the best text, counted from 0."""
+
+    values: list[int]
+
+
+class SoftPromptsTold(Own):
+    """The shape of an offset, and the standard deviation of the model's token embeddings."""
+
+    context_tokens: int
+    width: int
+    token_std: float
+
+
+class PriceTold(Own):
+    """USD."""
+
+    per_request: float
+    per_image: float
+    per_text: float
+
+
+class CapabilitiesTold(Own):
+    """What this endpoint gives."""
+
+    model: str
+    access: Access
+    score_kind: ScoreKind
+    logit_scale: float
+    images_per_request: int
+    texts_per_request: int
+    decimals: int | None
+    top_k: int | None
+    soft_prompts: SoftPromptsTold | None
+    price: PriceTold
+    concurrency: int
+    deterministic: bool
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes that the access level gives."""
+    router = new_router("/blackbox/v1")
+    _add_capabilities(router, service)
+    if service.gives(Access.SCORES, Access.SOFT):
+        _add_scores(router, service)
+    if service.gives(Access.SOFT):
+        _add_prompt_scores(router, service)
+    if service.gives(Access.EMBEDDINGS):
+        _add_embeddings(router, service)
+    if service.gives(Access.LABEL):
+        _add_labels(router, service)
+    return router
+
+
+def _add_capabilities(router: APIRouter, service: Service) -> None:
+    @router.get("/capabilities", response_model=CapabilitiesTold, responses=PROBLEMS)
+    async def capabilities() -> dict[str, Any]:
+        """What this endpoint gives; free."""
+        offer = dataclasses.asdict(service.offer)
+        told = {name: offer[name] for name in CapabilitiesTold.model_fields if name in offer}
+        price = {name: told["price"][name] for name in PriceTold.model_fields}
+        return {**told, "model": service.offer.model_id, "price": price}
+
+
+def _add_scores(router: APIRouter, service: Service) -> None:
+    @router.post("/scores", response_model=NumbersTold, responses=PROBLEMS)
+    async def scores(
+        asked: ScoresAsked, http: HttpRequest, idempotency_key: IdempotencyKey = None
+    ) -> Response:
+        """Scores of images against texts; `values` is (images, texts)."""
+        texts = tuple(asked.texts)
+        return await _answer(
+            service,
+            http,
+            asked,
+            Question(
+                asked.images,
+                lambda images: [TextScores(images, texts)],
+                _writer(service, asked, service.offer.decimals),
+            ),
+        )
+
+
+def _add_prompt_scores(router: APIRouter, service: Service) -> None:
+    soft = service.offer.soft_prompts
+
+    @router.post("/prompt-scores", response_model=NumbersTold, responses=PROBLEMS)
+    async def prompt_scores(
+        asked: PromptScoresAsked, http: HttpRequest, idempotency_key: IdempotencyKey = None
+    ) -> Response:
+        """Scores of images against classes under a soft prompt; `values` is (images, classes)."""
+        names, template = tuple(asked.class_names), check_template(asked.template)
+        offset = check_offset(_decoded(asked.offset), soft)
+        return await _answer(
+            service,
+            http,
+            asked,
+            Question(
+                asked.images,
+                lambda images: [PromptScores(images, names, template, offset)],
+                _writer(service, asked, service.offer.decimals),
+            ),
+        )
+
+
+def _add_embeddings(router: APIRouter, service: Service) -> None:
+    @router.post("/image-embeddings", response_model=NumbersTold, responses=PROBLEMS)
+    async def image_embeddings(
+        asked: ImagesAsked, http: HttpRequest, idempotency_key: IdempotencyKey = None
+    ) -> Response:
+        """Unit vectors of images; `values` is (images, dimensions)."""
+        ask = Question(
+            asked.images, lambda images: [ImageEmbeddings(images)], _writer(service, asked)
+        )
+        return await _answer(service, http, asked, ask)
+
+    @router.post("/text-embeddings", response_model=NumbersTold, responses=PROBLEMS)
+    async def text_embeddings(
+        asked: TextsAsked, http: HttpRequest, idempotency_key: IdempotencyKey = None
+    ) -> Response:
+        """Unit vectors of texts; `values` is (texts, dimensions)."""
+        texts = tuple(asked.texts)
+        ask = Question((), lambda _: [TextEmbeddings(texts)], _writer(service, asked))
+        return await _answer(service, http, asked, ask)
+
+
+def _add_labels(router: APIRouter, service: Service) -> None:
+    @router.post("/labels", response_model=LabelsTold, responses=PROBLEMS)
+    async def labels(
+        asked: ScoresAsked, http: HttpRequest, idempotency_key: IdempotencyKey = None
+    ) -> Response:
+        """The best text for every image; `values` is (images,)."""
+        texts = tuple(asked.texts)
+        ask = Question(
+            asked.images, lambda images: [Labels(images, texts)], _writer(service, asked)
+        )
+        return await _answer(service, http, asked, ask)
+
+
+async def _answer(
+    service: Service, http: HttpRequest, asked: Asked, question: Question
+) -> Response:
+    service.check_model(asked.model)
+    return await service.answer(http, question)
+
+
+def _writer(
+    service: Service, asked: Asked, decimals: int | None = None
+) -> Callable[[list[Array], Usage], dict[str, Any]]:
+    """Writes the answer's JSON."""
+
+    def write(values: list[Array], usage: Usage) -> dict[str, Any]:
+        return {
+            "id": asked.id,
+            "model": service.offer.model_id,
+            "values": plain(values[0], decimals),
+            "usage": dataclasses.asdict(usage),
+        }
+
+    return write
+
+
+def _decoded(offset: Offset) -> NDArray[np.float32]:
+    try:
+        data = base64.b64decode(offset.data, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refusal(422, "the offset's data is not base64") from None
+    rows, columns = offset.shape
+    if len(data) != 4 * rows * columns:
+        raise Refusal(422, f"the offset has {len(data)} bytes; wanted {4 * rows * columns}")
+    return np.frombuffer(data, dtype="<f4").reshape(rows, columns).astype(np.float32)

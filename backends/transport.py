@@ -1,0 +1,478 @@
+"""One request, once: the only module that knows httpx.
+
+A request is sent a single time and ends in a `Reply` or in the one error that says what it means
+for the budget (`blackbox_vlm.errors`). Who retries, and who pays, is the meter's business.
+
+Nothing from the other side is trusted: redirects and compressed bodies are refused; headers, body,
+JSON depth and numbers are bounded before they are parsed; a monotonic deadline ends a dripping
+answer. The key leaves only to the configured origin, over https or the loopback interface, and no
+exception or log line holds it. Measured reasons: the project's reliability notes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import ssl
+import time
+from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import httpx
+
+from blackbox_vlm._version import __version__
+from blackbox_vlm.backend import Quota
+from blackbox_vlm.errors import (
+    AuthError,
+    BackendError,
+    ContractError,
+    InputError,
+    NotSent,
+    QuotaError,
+    RateLimited,
+    Refused,
+    UnknownOutcome,
+)
+from blackbox_vlm.secret import Secret
+
+from . import _headers
+from ._json import parse_json
+from ._url import Origin, parse_url
+
+logger = logging.getLogger(__name__)
+for _name in ("httpx", "httpcore"):  # at INFO they print URLs, which may hold a key
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+MAX_BODY = 2**20  # bytes of an answer
+MAX_HEADERS = 16 * 1024  # bytes
+MAX_REFUSAL = 64 * 1024  # bytes of a body that says no; the rest is not read
+# Seconds for TCP and again for TLS. Both end before the deadline of the whole request: a handshake
+# that is cancelled leaves its socket open (httpcore 1.0.9).
+CONNECT_TIMEOUT = 10.0
+SHOWN = 200  # characters of an error body in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A complete answer with status 200: its JSON, and its headers in lower case."""
+
+    data: Any
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def quota(self) -> Quota | None:
+        """What the headers say about the rate limit."""
+        return _headers.quota(self.headers)
+
+
+class Transport:
+    """Posts JSON to one origin.
+
+    Args:
+        url: http only on the loopback interface, https elsewhere.
+        headers: sent with every request; a `Secret` among the values is revealed only there.
+        timeout: seconds for one request in all, from the connection to the last byte.
+        connections: how many may be open.
+        busy: statuses by which the endpoint says "not now" without doing the work.
+        http2: speak HTTP/2 where the endpoint does (needs the extra `http2`).
+        ca_file: certificates to trust instead of the usual ones; verification itself is always on.
+        use_env_proxy: whether HTTP_PROXY and friends count.
+        inner: an httpx transport in place of the network, for tests.
+
+    Raises:
+        InputError: the URL is not one that is spoken to, or HTTP/2 is not installed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str | Secret] | None = None,
+        timeout: float = 60.0,
+        connections: int = 1,
+        busy: frozenset[int] = frozenset({429}),
+        http2: bool = False,
+        ca_file: Path | None = None,
+        use_env_proxy: bool = False,
+        inner: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._origin, self._path, self._query = parse_url(url)
+        given = {name.lower(): value for name, value in (headers or {}).items()}
+        self._headers = {name: v for name, v in given.items() if not isinstance(v, Secret)}
+        self._secrets = {name: v for name, v in given.items() if isinstance(v, Secret)}
+        self._timeout = timeout
+        self._busy = busy
+        self._inner = inner
+        self._options: dict[str, Any] = {
+            "http2": http2,
+            "verify": _trusted(ca_file),
+            "trust_env": use_env_proxy,
+            "transport": inner,
+            "auth": _Keys(self._secrets),
+            "follow_redirects": False,
+            "limits": httpx.Limits(max_connections=connections, max_keepalive_connections=None),
+            "timeout": httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout / 3)),
+        }
+        if http2:
+            _require_http2()
+        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, _Session] = WeakKeyDictionary()
+
+    @property
+    def origin(self) -> Origin:
+        """Scheme, host and port; the host in punycode."""
+        return self._origin
+
+    @property
+    def route(self) -> str:
+        """Origin and path, and a digest of the query string, which may hold what is not shown."""
+        digest = hashlib.sha256(self._query.encode()).hexdigest()[:12] if self._query else ""
+        return f"{self._origin}{self._path}{digest and '?' + digest}"
+
+    async def post(
+        self,
+        body: Any,
+        *,
+        path: str = "",
+        headers: Mapping[str, str] | None = None,
+        most: int = MAX_BODY,
+    ) -> Reply:
+        """Send a body once and read the JSON of the answer.
+
+        Args:
+            body: what `json.dumps` takes, without NaN; or bytes, sent as they are under the
+                content type among `headers`.
+            path: appended to the configured URL.
+            headers: of this request alone, such as its idempotency key.
+            most: bytes that the answer may have.
+
+        Raises:
+            NotSent: it never reached the endpoint.
+            Refused: a complete answer that says no; `RateLimited`, `AuthError` and `QuotaError` are
+                what their names say.
+            UnknownOutcome: it was sent, and its answer was lost or cannot be read.
+        """
+        content = body
+        if not isinstance(body, bytes):
+            content = json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+        return await self._exchange("POST", path, headers or {}, content, most)
+
+    async def get(self, path: str = "", *, most: int = MAX_BODY) -> Reply:
+        """Read JSON that costs nothing, such as a server's description of itself.
+
+        Raises:
+            NotSent, Refused, UnknownOutcome: as `post`.
+        """
+        return await self._exchange("GET", path, {}, None, most)
+
+    async def aclose(self) -> None:
+        """Close the connections of the running loop; the next request opens new ones."""
+        session = self._sessions.pop(asyncio.get_running_loop(), None)
+        if session is not None:
+            await session.aclose()
+
+    # -- one exchange -------------------------------------------------------------------------
+
+    async def _exchange(
+        self, method: str, path: str, headers: Mapping[str, str], content: bytes | None, most: int
+    ) -> Reply:
+        started = time.monotonic()
+        outcome: _Raw | Reply | BackendError
+        outcome = await self._attempt(method, path, headers, content, most)
+        if isinstance(outcome, _Raw):
+            outcome = self._read(outcome)
+        where, took = f"{method} {self._origin}{self._path}{path}", time.monotonic() - started
+        logger.debug("%s: %s in %.0f ms", where, type(outcome).__name__, 1000 * took)
+        if isinstance(outcome, BackendError):
+            raise outcome  # outside every except block, and from a frame that never saw the answer
+        return outcome
+
+    async def _attempt(
+        self, method: str, path: str, headers: Mapping[str, str], content: bytes | None, most: int
+    ) -> _Raw | BackendError:
+        """Send and receive; every failure becomes a value, so that no traceback holds a key."""
+        progress = _Progress(headers_done=self._inner is not None, begun=self._inner is not None)
+        try:
+            async with asyncio.timeout(self._timeout):
+                client = await self._client()
+                request = client.build_request(
+                    method,
+                    self._url(path),
+                    headers=self._all_headers(headers),
+                    content=content,
+                    extensions={"trace": progress.note},
+                )
+                return await _receive(client, request, most)
+        except TimeoutError:
+            return self._late(begun=progress.begun)
+        except _TooMuch as refusal:
+            return UnknownOutcome(f"{self._origin} {refusal}; it stays charged")
+        except httpx.TransportError as error:
+            return self._failure(error, progress)
+
+    def _late(self, *, begun: bool) -> BackendError:
+        if begun:
+            return UnknownOutcome(
+                f"{self._origin} did not finish its answer in {self._timeout:g} s; it stays "
+                "charged. Give it a longer timeout, or fewer images per request"
+            )
+        return self._unreachable(f"no connection in {self._timeout:g} s")
+
+    def _failure(self, error: httpx.TransportError, progress: _Progress) -> BackendError:
+        """Before the request was on its way, or after? That is what the budget must know."""
+        said = self._scrub(_one_line(str(error)) or type(error).__name__)
+        if isinstance(error, httpx.LocalProtocolError) and not progress.headers_done:
+            return NotSent(f"the request to {self._origin} could not be built ({said})", final=True)
+        if isinstance(error, _BEFORE) or not progress.begun:
+            return self._untrusted(said) if _is_tls(error) else self._unreachable(said)
+        return UnknownOutcome(f"{self._origin} broke off ({said}); the request stays charged")
+
+    def _untrusted(self, said: str) -> NotSent:
+        return NotSent(
+            f"{self._origin} did not prove who it is ({said}); nothing was sent. Fix its "
+            "certificate, or name the one to trust as ca_file",
+            final=True,
+        )
+
+    def _unreachable(self, said: str) -> NotSent:
+        return NotSent(
+            f"{self._origin} cannot be reached ({said}); nothing was sent. Check the URL and "
+            "whether it is up, then resume"
+        )
+
+    async def _client(self) -> httpx.AsyncClient:
+        """The client of the running event loop, with its connections."""
+        loop = asyncio.get_running_loop()
+        session = self._sessions.get(loop)
+        if session is None:
+            session = self._sessions[loop] = _Session(self._options)
+        return await session.client()
+
+    def _url(self, path: str) -> str:
+        return f"{self._origin}{self._path}{path}{self._query}"
+
+    def _all_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        return {
+            "accept": "application/json",
+            "accept-encoding": "identity",
+            "content-type": "application/json",
+            "user-agent": f"blackbox-vlm/{__version__}",
+            **self._headers,
+            **{name.lower(): value for name, value in headers.items()},
+        }
+
+    # -- what a complete answer means ---------------------------------------------------------
+
+    def _read(self, raw: _Raw) -> Reply | BackendError:
+        if not 200 <= raw.status < 300:
+            return self._refusal(raw)
+        try:
+            return Reply(parse_json(raw.body), raw.headers)
+        except ValueError as error:
+            return ContractError(
+                f"{self._origin} answered something that is no JSON that we read ({error}): "
+                f"{self._excerpt(raw.body)}"
+            )
+
+    def _refusal(self, raw: _Raw) -> BackendError:
+        status, said = raw.status, self._excerpt(raw.body)
+        told = f"{self._origin} answered {status}: {said}"
+        retry_after = _headers.retry_after(raw.headers)
+        final = raw.headers.get("x-should-retry", "").lower() == "false"
+        if 300 <= status < 400:
+            return Refused(
+                f"{self._origin} redirects to {self._target(raw)}, and redirects are not followed "
+                "(they would carry the key along); give that URL itself",
+                final=True,
+            )
+        if status == 402 or (status in (403, 429) and _says_no_credit(raw.body)):
+            return QuotaError(f"{told}. The account has no credit left; fill it, then resume")
+        if status in (401, 403):
+            return AuthError(f"{told}. Check the key, then resume")
+        if status in self._busy:
+            return RateLimited(told, retry_after=retry_after, final=final)
+        if status == 413:
+            return Refused(f"{told}. Send smaller images or fewer images per request", final=True)
+        if status == 408 or status >= 500:
+            return UnknownOutcome(
+                f"{told}. The request stays charged", retry_after=retry_after, final=final
+            )
+        return Refused(f"{told}. Fix the endpoint's declaration or the request", final=True)
+
+    def _target(self, raw: _Raw) -> str:
+        location = raw.headers.get("location", "")
+        try:
+            return str(parse_url(location)[0])
+        except InputError:
+            return repr(self._scrub(_one_line(location.split("?")[0]))[:SHOWN])
+
+    def _excerpt(self, body: bytes) -> str:
+        """The start of a body for a message: one printable line, without the key."""
+        text = self._scrub(body[: 16 * SHOWN].decode("utf-8", "replace"))
+        return _one_line(text)[:SHOWN] or "(nothing)"
+
+    def _scrub(self, text: str) -> str:
+        for secret in self._secrets.values():
+            text = secret.scrub(text)
+        return text
+
+
+class _Session:
+    """A client that lives as long as its event loop.
+
+    `asyncio.run` closes the async generators of its loop at the end, and with this one the
+    connections: a backend can be used in one `asyncio.run` after another.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._generator = _open_client(options)
+        self._client: httpx.AsyncClient | None = None
+
+    async def client(self) -> httpx.AsyncClient:
+        if self._client is None:
+            self._client = await anext(self._generator)
+        return self._client
+
+    async def aclose(self) -> None:
+        await self._generator.aclose()
+
+
+async def _open_client(options: Mapping[str, Any]) -> AsyncGenerator[httpx.AsyncClient, None]:
+    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # each request stands alone
+    async with httpx.AsyncClient(**options, cookies=no_cookies) as client:
+        while True:
+            yield client
+
+
+class _Keys(httpx.Auth):
+    """Writes the keys into a request as it leaves: no frame of ours ever holds one."""
+
+    def __init__(self, secrets: Mapping[str, Secret]) -> None:
+        self._secrets = secrets
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        for name, secret in self._secrets.items():
+            request.headers[name] = secret.reveal()
+        yield request
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a request has come; an `inner` transport does not tell, and counts as far."""
+
+    headers_done: bool
+    begun: bool  # its first byte may be on its way
+
+    async def note(self, event: str, info: Mapping[str, Any]) -> None:
+        """httpx's trace callback; a proxy's CONNECT is not the request."""
+        if "request" in info and info["request"].method == b"CONNECT":
+            return
+        self.begun |= event.endswith("send_request_headers.started")
+        self.headers_done |= event.endswith("send_request_body.started")
+
+
+@dataclass(frozen=True, slots=True)
+class _Raw:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class _TooMuch(Exception):
+    """The answer is beyond a limit; the text says which."""
+
+
+async def _receive(client: httpx.AsyncClient, request: httpx.Request, most: int) -> _Raw:
+    response = await client.send(request, stream=True)
+    try:
+        headers = _bounded_headers(response)
+        plain = headers.get("content-encoding", "identity").strip().lower() == "identity"
+        if not response.is_success:  # what a refusal means is in its status
+            body = await _body(response, MAX_REFUSAL) if plain else b""
+            return _Raw(response.status_code, headers, body)
+        if not plain:
+            raise _TooMuch("sent a compressed answer, which was not asked for and is not read")
+        body = await _body(response, most)
+        if len(body) > most:
+            raise _TooMuch(f"sent more than {most} bytes, which is more than was asked for")
+        return _Raw(response.status_code, headers, body)
+    finally:
+        await response.aclose()
+
+
+def _bounded_headers(response: httpx.Response) -> dict[str, str]:
+    size = sum(len(name) + len(value) for name, value in response.headers.raw)
+    if size > MAX_HEADERS:
+        raise _TooMuch(f"sent {size} bytes of headers; at most {MAX_HEADERS} are read")
+    return dict(response.headers)
+
+
+async def _body(response: httpx.Response, most: int) -> bytes:
+    """The body, or its start once that is longer than `most` bytes."""
+    body = bytearray()
+    async with aclosing(cast(AsyncGenerator[bytes, None], response.aiter_raw())) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > most:
+                break
+    return bytes(body)
+
+
+_BEFORE = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+
+
+_BROKEN_OFF = (ssl.SSLWantReadError, ssl.SSLWantWriteError, ssl.SSLEOFError)  # not about trust
+
+
+def _is_tls(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLError) and not isinstance(error, _BROKEN_OFF):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _says_no_credit(body: bytes) -> bool:
+    """OpenAI's 429 has two meanings; this one will not pass with time."""
+    return b"insufficient_quota" in body[: 16 * SHOWN]
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+def _trusted(ca_file: Path | None) -> ssl.SSLContext:
+    """Verification has no off switch. SSL_CERT_FILE and SSLKEYLOGFILE do not count here."""
+    import certifi
+
+    if ca_file is None:
+        return _usual_context(certifi.where())
+    try:
+        return _context(str(ca_file))
+    except (OSError, ssl.SSLError):
+        raise InputError(f"ca_file {str(ca_file)!r} holds no certificates; wanted PEM") from None
+
+
+@cache  # 15 ms
+def _usual_context(ca_file: str) -> ssl.SSLContext:
+    return _context(ca_file)
+
+
+def _context(ca_file: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # unlike create_default_context: no key log
+    context.load_verify_locations(ca_file)
+    return context
+
+
+def _require_http2() -> None:
+    try:
+        import h2  # noqa: F401
+    except ImportError:
+        raise InputError("http2 needs a package: pip install 'blackbox-vlm[http2]'") from None
