@@ -25,7 +25,7 @@ from blackbox_vlm.backend import NO_LABEL
 from blackbox_vlm.errors import ContractError
 from blackbox_vlm.images import quote
 
-from .endpoint import member, wrong
+from ._answers import member, wrong
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNLIKELY = -9999.0  # the log-probability that stands for "next to none"

@@ -19,8 +19,9 @@ from pydantic import Field, JsonValue, model_validator
 
 from blackbox_vlm.errors import ContractError
 
+from ._answers import numbers, wrong
 from ._mapping import get
-from .endpoint import Options, Text, numbers, wrong
+from .endpoint import Options, Text
 
 EACH = "$each"
 BYTES = "$bytes"

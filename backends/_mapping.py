@@ -11,7 +11,7 @@ from typing import Any
 
 from blackbox_vlm.errors import InputError
 
-from .endpoint import member, wrong
+from ._answers import member, wrong
 
 
 def put(body: dict[str, Any], path: str, value: object) -> None:

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import base64
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from blackbox_vlm.backend import (
     NO_LABEL,
-    Access,
     Array,
     Capabilities,
     ImageEmbeddings,
@@ -26,24 +24,19 @@ from blackbox_vlm.backend import (
     PromptScores,
     Request,
     ScoreKind,
-    SoftPrompts,
     TextEmbeddings,
     TextScores,
     query_key,
 )
-from blackbox_vlm.errors import InputError
 
+from ._answers import member, numbers, wrong
 from .endpoint import (
     Call,
-    Count,
     EndpointOptions,
     HttpBackend,
     Reading,
-    ScoringOptions,
+    SoftOptions,
     Text,
-    member,
-    numbers,
-    wrong,
 )
 from .transport import MAX_BODY, Reply
 
@@ -59,20 +52,10 @@ MAX_DIM = 8192  # of an embedding; only bounds how many bytes of an answer are r
 BYTES_PER_NUMBER = 32  # as JSON text, at most
 
 
-class BlackboxOptions(ScoringOptions):
-    """The keys of `protocol = "blackbox"`; `url` is the root of the server.
+class BlackboxOptions(SoftOptions):
+    """The keys of `protocol = "blackbox"`; `url` is the root of the server."""
 
-    Attributes:
-        access: what the server gives.
-        context_tokens, width, token_std: of soft prompts, with `access = "soft"`; see
-            `blackbox_vlm.backend.SoftPrompts`.
-    """
-
-    access: Access = Access.SCORES
     score_kind: ScoreKind = ScoreKind.LOGITS
-    context_tokens: Count | None = None
-    width: Count | None = None
-    token_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     idempotency_header: Text | None = "Idempotency-Key"
     refusals_free: bool = True
     deterministic: bool = True
@@ -89,12 +72,7 @@ class Blackbox(HttpBackend):
         Raises:
             InputError: soft access without the numbers of its soft prompts, or these without it.
         """
-        access, soft = self.options.access, self._soft_prompts()
-        if (access is Access.SOFT) != (soft is not None):
-            raise InputError(
-                f"got access {access.value!r} with {soft or 'no soft prompts'}; wanted access "
-                "'soft' with context_tokens, width and token_std, or another one without them"
-            )
+        access, soft = self.options.soft_access()
         return self.declared(access=access, soft_prompts=soft)
 
     def encode(self, request: Request) -> Call:
@@ -114,16 +92,6 @@ class Blackbox(HttpBackend):
             raise wrong("the answer's usage.usd", "0 or more", f"{usd}")
         values = member(reply.data, "values", list)
         return Reading(_read(values, request), member(reply.data, "model", str), cost=usd)
-
-    def _soft_prompts(self) -> SoftPrompts | None:
-        shape = (self.options.context_tokens, self.options.width, self.options.token_std)
-        if None not in shape:
-            return SoftPrompts(*shape)
-        if shape == (None, None, None):
-            return None
-        raise InputError(
-            f"got context_tokens, width and token_std {shape}; wanted all three, or none"
-        )
 
     def _id(self, request: Request) -> str:
         return query_key(request, self.capabilities.identity)

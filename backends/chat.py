@@ -30,6 +30,7 @@ from pydantic import ConfigDict, Field, JsonValue, field_validator
 from blackbox_vlm.backend import Access, Array, Capabilities, Labels, ScoreKind
 from blackbox_vlm.errors import InputError
 
+from ._answers import member, wrong
 from ._choices import (
     LETTERS,
     as_json,
@@ -40,7 +41,7 @@ from ._choices import (
     read_tokens,
     token_id_shares,
 )
-from .endpoint import Call, Count, EndpointOptions, HttpBackend, Reading, Text, member, wrong
+from .endpoint import Call, Count, EndpointOptions, HttpBackend, Reading, Text
 from .transport import Reply
 
 LETTER_INSTRUCTION = """\

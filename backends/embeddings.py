@@ -19,9 +19,10 @@ from blackbox_vlm.backend import Access, Capabilities, ImageEmbeddings, Request,
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
 
+from ._answers import wrong
 from ._dialects import BYTES, Dialect, Item, Shape, fill, find, named, tokens, vector
 from ._mapping import get
-from .endpoint import Call, Count, EndpointOptions, HttpBackend, Reading, wrong
+from .endpoint import Call, Count, EndpointOptions, HttpBackend, Reading
 from .transport import Reply
 
 MOST_PER_ANSWER = 64 * 2**10  # bytes, beside the vectors

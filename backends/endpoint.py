@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blackbox_vlm.backend import (
+    Access,
     Answer,
     Array,
     Capabilities,
@@ -24,11 +23,13 @@ from blackbox_vlm.backend import (
     Price,
     Request,
     ScoreKind,
+    SoftPrompts,
     query_key,
 )
-from blackbox_vlm.errors import BackendError, ContractError, InputError
+from blackbox_vlm.errors import BackendError, InputError
 from blackbox_vlm.secret import Secret
 
+from ._answers import wrong
 from ._images import Uploads
 from .transport import MAX_BODY, Reply, Transport
 
@@ -115,6 +116,42 @@ class ScoringOptions(EndpointOptions):
     logit_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     decimals: Annotated[int, Field(ge=0, le=12)] | None = None
     top_k: Count | None = None
+
+
+class SoftOptions(ScoringOptions):
+    """The keys of a protocol that takes soft prompts.
+
+    Attributes:
+        access: what the endpoint gives; left out, it is soft where soft prompts are declared, and
+            scores elsewhere.
+        context_tokens, width, token_std: all three or none; see
+            `blackbox_vlm.backend.SoftPrompts`.
+    """
+
+    access: Access | None = None
+    context_tokens: Count | None = None
+    width: Count | None = None
+    token_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def soft_access(self) -> tuple[Access, SoftPrompts | None]:
+        """The access level, and what the soft prompts are.
+
+        Raises:
+            InputError: soft prompts are declared in part, or beside another access level.
+        """
+        shape = (self.context_tokens, self.width, self.token_std)
+        if None in shape and shape != (None, None, None):
+            raise InputError(
+                f"got context_tokens, width and token_std {shape}; wanted all three or none"
+            )
+        soft = None if None in shape else SoftPrompts(*shape)  # type: ignore[arg-type]
+        access = self.access or (Access.SOFT if soft else Access.SCORES)
+        if (access is Access.SOFT) != (soft is not None):
+            raise InputError(
+                f"got access {access.value!r} and {soft or 'no soft prompts'}; wanted access "
+                "'soft' with context_tokens, width and token_std, or another access without them"
+            )
+        return access, soft
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,69 +331,6 @@ def check_limits(request: Request, capabilities: Capabilities) -> None:
     ):
         if limit is not None and count > limit:
             raise InputError(f"{count} {what} in one request; this endpoint takes {limit}")
-
-
-def numbers(value: object, shape: tuple[int | None, ...], what: str) -> NDArray[np.float32]:
-    """A nested list of real numbers as an array; null stands for a number left out (NaN).
-
-    Args:
-        value: JSON values.
-        shape: wanted; None takes any length.
-        what: for the message.
-
-    Raises:
-        ContractError: another shape, ragged, or not numbers: texts and booleans are none.
-    """
-    flat: list[float] = []
-    found = _measure(value, len(shape), what, flat)
-    if any(w is not None and w != g for w, g in zip(shape, found, strict=True)):
-        raise wrong(what, f"numbers of shape {shape}", f"shape {found}")
-    array = np.array(flat, dtype=np.float64).reshape(found)
-    with np.errstate(over="ignore"):
-        return array.astype(np.float32)
-
-
-def _measure(value: object, depth: int, what: str, flat: list[float]) -> tuple[int, ...]:
-    """The lengths of a nested list, whose numbers go to `flat`."""
-    if not isinstance(value, list):
-        raise wrong(what, "a list", type(value).__name__)
-    if depth == 1:
-        for number in value:
-            if number is not None and type(number) not in (int, float):
-                raise wrong(what, "numbers", type(number).__name__)
-        try:
-            flat += [np.nan if number is None else float(number) for number in value]
-        except OverflowError:
-            raise wrong(what, "numbers within float64", "a larger one") from None
-        return (len(value),)
-    shapes = {_measure(row, depth - 1, what, flat) for row in value}
-    if len(shapes) != 1:
-        raise wrong(what, "rows of one length", f"{len(shapes)} different ones")
-    return (len(value), *shapes.pop())
-
-
-def member(data: object, name: str, kind: type | tuple[type, ...] = object) -> Any:
-    """A member of a JSON object.
-
-    Raises:
-        ContractError: it is no object, has no such member, or of another type.
-    """
-    if not isinstance(data, dict) or name not in data:
-        got = f"members {sorted(data)[:10]}" if isinstance(data, dict) else type(data).__name__
-        raise wrong("the answer", f"an object with {name!r}", got)
-    value = data[name]
-    if not isinstance(value, kind) or (
-        isinstance(value, bool) and kind in (int, float, (int, float))
-    ):
-        raise wrong(f"the answer's {name!r}", f"{kind}", type(value).__name__)
-    return value
-
-
-def wrong(what: str, wanted: str, got: str) -> ContractError:
-    """The error of an answer that does not have the protocol's form."""
-    return ContractError(
-        f"{what}: wanted {wanted}, got {got[:200]}; check the endpoint's protocol and declaration"
-    )
 
 
 def _transport(options: EndpointOptions, inner: Any) -> Transport:

@@ -9,12 +9,11 @@ an id; the echo of another one, or another version of the model, spoils the answ
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from blackbox_vlm.backend import (
     Access,
@@ -23,24 +22,20 @@ from blackbox_vlm.backend import (
     PromptScores,
     Request,
     ScoreKind,
-    SoftPrompts,
     TextEmbeddings,
     TextScores,
     query_key,
 )
 from blackbox_vlm.errors import ContractError, InputError, ModelChanged
 
+from ._answers import member, numbers, wrong
 from .endpoint import (
     Call,
-    Count,
     EndpointOptions,
     HttpBackend,
     Reading,
-    ScoringOptions,
+    SoftOptions,
     Text,
-    member,
-    numbers,
-    wrong,
 )
 from .transport import MAX_BODY, Reply
 
@@ -60,14 +55,11 @@ _TENSORS = (
 )
 
 
-class KServeOptions(ScoringOptions):
+class KServeOptions(SoftOptions):
     """The keys of `protocol = "kserve"`; `url` is the root of the server, before `/v2`.
 
     Attributes:
         version: of the model; left out, the server chooses, and must not change its choice.
-        access: left out, it is soft where soft prompts are declared, else scores.
-        context_tokens, width, token_std: of soft prompts, all three or none; see
-            `blackbox_vlm.backend.SoftPrompts`.
         image_input, text_input: names of the tensors that carry images and texts.
         class_input, template_input, offset_input: of those that carry a soft prompt.
         output: of the tensor with the scores.
@@ -76,10 +68,7 @@ class KServeOptions(ScoringOptions):
 
     score_kind: ScoreKind = ScoreKind.LOGITS
     version: Text | None = None
-    access: Literal["scores", "soft", "embeddings"] | None = None
-    context_tokens: Count | None = None
-    width: Count | None = None
-    token_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    access: Literal[Access.SCORES, Access.SOFT, Access.EMBEDDINGS] | None = None
     image_input: Text = "image"
     text_input: Text = "prompts"
     class_input: Text = "class_names"
@@ -105,13 +94,7 @@ class KServe(HttpBackend):
         Raises:
             InputError: soft prompts are declared in part, or beside another access level.
         """
-        soft = self._soft_prompts()
-        access = Access(self.options.access or (Access.SOFT if soft else Access.SCORES))
-        if (access is Access.SOFT) != (soft is not None):
-            raise InputError(
-                f"access {access.value!r} and soft prompts {soft}; wanted access 'soft' with "
-                "context_tokens, width and token_std, or another access without them"
-            )
+        access, soft = self.options.soft_access()
         names = " ".join(getattr(self.options, name) for name in _TENSORS)
         conditions = f"version={self.options.version} {names}"
         return self.declared(access=access, soft_prompts=soft, conditions=conditions)
@@ -134,17 +117,6 @@ class KServe(HttpBackend):
         self._check_version(reply.data)
         output = _named(member(reply.data, "outputs", list), self._output(request))
         return Reading(_array(output, request.answer_shape), model)
-
-    def _soft_prompts(self) -> SoftPrompts | None:
-        options = self.options
-        shape = (options.context_tokens, options.width, options.token_std)
-        if None not in shape:
-            return SoftPrompts(*shape)
-        if shape != (None, None, None):
-            raise InputError(
-                f"got context_tokens, width and token_std {shape}; wanted all three or none"
-            )
-        return None
 
     def _inputs(self, request: Request) -> list[dict[str, Any]]:
         options = self.options

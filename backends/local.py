@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 CONTEXT_TOKENS = 4  # "a photo of a", as in CraFT's public code
 REQUESTS_PER_BATCH = 64  # a whole population is encoded together
 IMAGES_AT_ONCE = 256  # decoded at the same time; bounds memory
+VECTORS_KEPT = 200_000  # of images, beyond those of the last request: 400 MB at a width of 512
 
 Floats = NDArray[np.float32]
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -254,6 +255,8 @@ class _FeatureCache:
             for at in range(0, len(fresh), IMAGES_AT_ONCE):
                 self._add(fresh[at : at + IMAGES_AT_ONCE])
             self._last = (images, np.stack([self._vectors[i.sha256] for i in images]))
+            for oldest in list(self._vectors)[: max(0, len(self._vectors) - VECTORS_KEPT)]:
+                del self._vectors[oldest]
         return self._last[1]
 
     def _add(self, images: list[Image]) -> None:

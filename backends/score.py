@@ -10,16 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from blackbox_vlm.backend import Access, Capabilities, ScoreKind
 
-from .endpoint import (
-    Call,
-    EndpointOptions,
-    HttpBackend,
-    Reading,
-    ScoringOptions,
-    member,
-    numbers,
-    wrong,
-)
+from ._answers import member, numbers, wrong
+from .endpoint import Call, EndpointOptions, HttpBackend, Reading, ScoringOptions
 from .transport import Reply
 
 

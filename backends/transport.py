@@ -17,7 +17,7 @@ import json
 import logging
 import ssl
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cache
@@ -105,9 +105,7 @@ class Transport:
         inner: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._origin, self._path, self._query = parse_url(url)
-        given = {name.lower(): value for name, value in (headers or {}).items()}
-        self._headers = {name: v for name, v in given.items() if not isinstance(v, Secret)}
-        self._secrets = {name: v for name, v in given.items() if isinstance(v, Secret)}
+        self._headers = {name.lower(): value for name, value in (headers or {}).items()}
         self._timeout = timeout
         self._busy = busy
         self._inner = inner
@@ -116,7 +114,6 @@ class Transport:
             "verify": _trusted(ca_file),
             "trust_env": use_env_proxy,
             "transport": inner,
-            "auth": _Keys(self._secrets),
             "follow_redirects": False,
             "limits": httpx.Limits(max_connections=connections, max_keepalive_connections=None),
             "timeout": httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout / 3)),
@@ -214,7 +211,7 @@ class Transport:
             return self._late(begun=progress.begun)
         except _TooMuch as refusal:
             return UnknownOutcome(f"{self._origin} {refusal}; it stays charged")
-        except httpx.TransportError as error:
+        except Exception as error:  # httpx lets errors of ssl and h2 through as they are
             return self._failure(error, progress)
 
     def _late(self, *, begun: bool) -> BackendError:
@@ -225,7 +222,7 @@ class Transport:
             )
         return self._unreachable(f"no connection in {self._timeout:g} s")
 
-    def _failure(self, error: httpx.TransportError, progress: _Progress) -> BackendError:
+    def _failure(self, error: Exception, progress: _Progress) -> BackendError:
         """Before the request was on its way, or after? That is what the budget must know."""
         said = self._scrub(_one_line(str(error)) or type(error).__name__)
         if isinstance(error, httpx.LocalProtocolError) and not progress.headers_done:
@@ -259,12 +256,17 @@ class Transport:
         return f"{self._origin}{self._path}{path}{self._query}"
 
     def _all_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Only ever an argument: no frame of ours keeps a key while it waits."""
+        own = {
+            name: value.reveal() if isinstance(value, Secret) else value
+            for name, value in self._headers.items()
+        }
         return {
             "accept": "application/json",
             "accept-encoding": "identity",
             "content-type": "application/json",
             "user-agent": f"blackbox-vlm/{__version__}",
-            **self._headers,
+            **own,
             **{name.lower(): value for name, value in headers.items()},
         }
 
@@ -319,8 +321,9 @@ class Transport:
         return _one_line(text)[:SHOWN] or "(nothing)"
 
     def _scrub(self, text: str) -> str:
-        for secret in self._secrets.values():
-            text = secret.scrub(text)
+        for value in self._headers.values():
+            if isinstance(value, Secret):
+                text = value.scrub(text)
         return text
 
 
@@ -349,18 +352,6 @@ async def _open_client(options: Mapping[str, Any]) -> AsyncGenerator[httpx.Async
     async with httpx.AsyncClient(**options, cookies=no_cookies) as client:
         while True:
             yield client
-
-
-class _Keys(httpx.Auth):
-    """Writes the keys into a request as it leaves: no frame of ours ever holds one."""
-
-    def __init__(self, secrets: Mapping[str, Secret]) -> None:
-        self._secrets = secrets
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        for name, secret in self._secrets.items():
-            request.headers[name] = secret.reveal()
-        yield request
 
 
 @dataclass(slots=True)

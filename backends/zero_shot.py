@@ -19,18 +19,9 @@ from pydantic import ConfigDict, Field, JsonValue
 from blackbox_vlm.backend import Access, Capabilities, ScoreKind
 from blackbox_vlm.errors import InputError
 
+from ._answers import numbers, wrong
 from ._mapping import get, put
-from .endpoint import (
-    Call,
-    EndpointOptions,
-    HttpBackend,
-    Options,
-    Reading,
-    ScoringOptions,
-    Text,
-    numbers,
-    wrong,
-)
+from .endpoint import Call, EndpointOptions, HttpBackend, Options, Reading, ScoringOptions, Text
 from .transport import MAX_BODY, Reply
 
 

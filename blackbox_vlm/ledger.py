@@ -4,16 +4,12 @@ One row per attempt, committed *before* its bytes leave; settled, refunded or le
 `charged <= budget` holds over threads, processes and crashes, because a reservation is a single
 conditional UPDATE. Answers are stored by content, so that a run can be replayed for nothing; a
 checkpoint that has absorbed the answers of a search replaces them, in the same transaction.
-
-Durability is SQLite's: WAL with synchronous=FULL, so that a settled row survives a power loss.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,47 +18,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from blackbox_vlm._ledger_file import NANO, nano, open_file, storage_errors
 from blackbox_vlm.backend import Answer
-from blackbox_vlm.errors import BudgetError, InputError, RunMismatch, StorageError, UnknownOutcome
-
-SCHEMA_VERSION = 1
-NANO = 1_000_000_000  # money is kept in whole nano-USD
-_LARGEST = 2**63 - 1  # of SQLite's integers
-_OPEN_TRIES = 20  # how often another process that makes the same ledger may be in the way
+from blackbox_vlm.errors import BudgetError, RunMismatch, StorageError, UnknownOutcome
 
 Lost = Literal["stop", "resend"]
-
-_SCHEMA = """
-CREATE TABLE account (            -- one row: what may be spent and what is
-    schema_version INTEGER NOT NULL,
-    budget INTEGER NOT NULL,      -- queries
-    max_cost INTEGER,             -- nano-USD; NULL: no cap on money
-    queries INTEGER NOT NULL DEFAULT 0,
-    cost INTEGER NOT NULL DEFAULT 0,
-    fingerprint TEXT              -- JSON: which run this is
-) STRICT;
-CREATE TABLE attempt (
-    id INTEGER PRIMARY KEY,
-    query TEXT NOT NULL,          -- SHA-256 of model and request
-    purpose TEXT NOT NULL,        -- what the run asked it for
-    images INTEGER NOT NULL,
-    texts INTEGER NOT NULL,
-    cost INTEGER NOT NULL,        -- nano-USD
-    outcome TEXT NOT NULL CHECK (outcome IN ('open', 'done', 'unknown', 'refunded')),
-    sends INTEGER NOT NULL DEFAULT 1
-) STRICT;
-CREATE INDEX attempt_by_query ON attempt (query);
-CREATE TABLE answer (
-    query TEXT PRIMARY KEY,
-    purpose TEXT NOT NULL,
-    model_id TEXT NOT NULL,
-    dtype TEXT NOT NULL,
-    shape TEXT NOT NULL,
-    data BLOB NOT NULL
-) STRICT;
-CREATE INDEX answer_by_purpose ON answer (purpose);
-CREATE TABLE checkpoint (name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT;
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +80,8 @@ class Ledger:
         self.path = Path(path)
         self._lock = threading.RLock()
         self._inside = False  # a transaction
-        with _storage_errors(self.path):
-            self._db = self._open(budget, max_cost, extend)
+        with storage_errors(self.path):
+            self._db = open_file(self.path, budget, max_cost, extend=extend)
 
     def __enter__(self) -> Self:
         return self
@@ -176,7 +136,7 @@ class Ledger:
                 self._db.execute("UPDATE attempt SET outcome = 'done' WHERE id = ?", (attempt,))
                 self._store(attempt, answer)
                 if answer.cost is not None:
-                    self._correct(attempt, _nano(answer.cost))
+                    self._correct(attempt, nano(answer.cost))
 
     def forfeit(self, attempts: Sequence[int]) -> None:
         """Close attempts that the endpoint refused and bills: charged, may be asked anew."""
@@ -217,7 +177,7 @@ class Ledger:
     def answer(self, query: str) -> Answer | None:
         """The stored answer of a query, or None."""
         sql = "SELECT model_id, dtype, shape, data FROM answer WHERE query = ?"
-        with self._lock, _storage_errors(self.path):
+        with self._lock, storage_errors(self.path):
             row = self._db.execute(sql, (query,)).fetchone()
         if row is None:
             return None
@@ -245,7 +205,7 @@ class Ledger:
 
     def restore(self, name: str) -> bytes | None:
         """The state saved under a name, or None."""
-        with self._lock, _storage_errors(self.path):
+        with self._lock, storage_errors(self.path):
             row = self._db.execute("SELECT data FROM checkpoint WHERE name = ?", (name,)).fetchone()
         return None if row is None else bytes(row[0])
 
@@ -265,7 +225,7 @@ class Ledger:
 
     def totals(self) -> Totals:
         """What was spent so far, added up over all attempts."""
-        with self._lock, _storage_errors(self.path):
+        with self._lock, storage_errors(self.path):
             budget, max_cost, queries, cost = self._db.execute(
                 "SELECT budget, max_cost, queries, cost FROM account"
             ).fetchone()
@@ -292,12 +252,12 @@ class Ledger:
 
     def spent(self) -> int:
         """Queries charged so far, in constant time."""
-        with self._lock, _storage_errors(self.path):
+        with self._lock, storage_errors(self.path):
             return int(self._db.execute("SELECT queries FROM account").fetchone()[0])
 
     def by_purpose(self) -> dict[str, int]:
         """Queries charged for each purpose, in the order in which they were first asked."""
-        with self._lock, _storage_errors(self.path):
+        with self._lock, storage_errors(self.path):
             rows = self._db.execute(
                 "SELECT purpose, count(*) FROM attempt WHERE outcome != 'refunded' "
                 "GROUP BY purpose ORDER BY min(id)"
@@ -320,7 +280,7 @@ class Ledger:
         return int(row[0])
 
     def _charge(self, entries: Sequence[Entry]) -> None:
-        count, cost = len(entries), sum(_nano(entry.cost) for entry in entries)
+        count, cost = len(entries), sum(nano(entry.cost) for entry in entries)
         changed = self._db.execute(
             "UPDATE account SET queries = queries + :count, cost = cost + :cost "
             "WHERE queries + :count <= budget AND (max_cost IS NULL OR cost + :cost <= max_cost)",
@@ -344,7 +304,7 @@ class Ledger:
         )
 
     def _insert(self, entry: Entry) -> int:
-        row = (entry.query, entry.purpose, entry.images, entry.texts, _nano(entry.cost))
+        row = (entry.query, entry.purpose, entry.images, entry.texts, nano(entry.cost))
         cursor = self._db.execute(
             "INSERT INTO attempt (query, purpose, images, texts, cost, outcome) "
             "VALUES (?, ?, ?, ?, ?, 'open')",
@@ -391,7 +351,7 @@ class Ledger:
 
         Inside another one it is a part of that.
         """
-        with self._lock, _storage_errors(self.path):
+        with self._lock, storage_errors(self.path):
             if self._inside:
                 yield
                 return
@@ -404,84 +364,6 @@ class Ledger:
                 self._inside = False
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-
-    # -- opening ----------------------------------------------------------------------------
-
-    def _open(self, budget: int | None, max_cost: float | None, extend: bool) -> sqlite3.Connection:
-        if budget is None and not self.path.exists():
-            raise StorageError(f"there is no ledger at {self.path}; wanted a run made by `tune`")
-        if budget is not None and not 1 <= budget <= _LARGEST:
-            raise InputError(f"the budget is {budget} queries; give at least 1")
-        if max_cost is not None and not 0 <= max_cost < _LARGEST / NANO:
-            raise InputError(f"the limit is {max_cost} USD; give a number of 0 or more")
-        with contextlib.suppress(FileExistsError):  # never open a file that SQLite may have locked
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-        try:
-            _write_ahead(db)
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("BEGIN IMMEDIATE")
-            if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                self._create(db, budget, max_cost)
-            self._check(db, budget, max_cost, extend)
-            db.execute("COMMIT")
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _create(self, db: sqlite3.Connection, budget: int | None, max_cost: float | None) -> None:
-        if budget is None:
-            raise StorageError(f"{self.path} is empty; wanted a ledger. Start the run again")
-        for statement in _SCHEMA.split(";\n"):
-            db.execute(statement)
-        db.execute(
-            "INSERT INTO account (schema_version, budget, max_cost) VALUES (?, ?, ?)",
-            (SCHEMA_VERSION, budget, None if max_cost is None else _nano(max_cost)),
-        )
-
-    def _check(
-        self, db: sqlite3.Connection, budget: int | None, max_cost: float | None, extend: bool
-    ) -> None:
-        version = db.execute("SELECT schema_version FROM account").fetchone()[0]
-        if version != SCHEMA_VERSION:
-            raise StorageError(
-                f"{self.path} has ledger version {version}, this program reads {SCHEMA_VERSION}; "
-                "use the program that wrote it, or another --out"
-            )
-        stored, stored_cost, spent, cost = db.execute(
-            "SELECT budget, max_cost, queries, cost FROM account"
-        ).fetchone()
-        cap = None if max_cost is None else _nano(max_cost)
-        if budget is None or (budget, cap) == (stored, stored_cost):
-            return
-        if not extend or budget < spent or (cap is not None and cap < cost):
-            raise RunMismatch(
-                f"{self.path} was opened with a budget of {stored} queries"
-                f"{_usd_limit(stored_cost)}, {spent} of them are spent, and now "
-                f"{budget}{_usd_limit(cap)} is asked; go on with the "
-                "same limits or start another --out"
-            )
-        db.execute("UPDATE account SET budget = ?, max_cost = ?", (budget, cap))
-
-
-def _write_ahead(db: sqlite3.Connection) -> None:
-    """Turn WAL on. SQLite does not wait here for another process that makes the same ledger."""
-    for _ in range(_OPEN_TRIES):
-        with contextlib.suppress(sqlite3.OperationalError):
-            db.execute("PRAGMA journal_mode = WAL")
-            return
-        db.execute("BEGIN IMMEDIATE")  # this waits for it
-        db.execute("COMMIT")
-    db.execute("PRAGMA journal_mode = WAL")
-
-
-def _usd_limit(nano: int | None) -> str:
-    return "" if nano is None else f" and {nano / NANO:g} USD"
-
-
-def _nano(usd: float) -> int:
-    return round(usd * NANO)
 
 
 def _compare(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
@@ -498,23 +380,3 @@ def _compare(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
 def _short(value: object) -> str:
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        raise StorageError(_storage_hint(path, error)) from error
-    except OSError as error:
-        raise StorageError(f"cannot use {path}: {error.strerror}; nothing was sent") from error
-
-
-def _storage_hint(path: Path, error: sqlite3.DatabaseError) -> str:
-    text = str(error)
-    if isinstance(error, sqlite3.OperationalError) and not text.startswith("no such"):
-        return f"cannot write the ledger {path}: {text}; free the disk or the lock, then resume"
-    return (
-        f"{path} is not a readable ledger ({text}); nothing was sent. Restore it from a backup "
-        "or start another --out: what it had spent is then not counted"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blackbox_vlm.backends.local import LocalBlackBox, withhold
+from blackbox_vlm.backends.local import LocalBlackBox, _FeatureCache, withhold
 
 from blackbox_vlm import Task, demo_folder
 from blackbox_vlm.backend import (
@@ -234,3 +234,20 @@ class TestConformanceRestricted(BackendConformance):
             texts_per_request=3,
             noise=0.1,
         )
+
+
+def test_the_oldest_vectors_are_forgotten(monkeypatch: pytest.MonkeyPatch, task: Task) -> None:
+    pictures = task.images[:5]
+    encoded: list[int] = []
+
+    def encode(batch: Sequence[Any]) -> np.ndarray:
+        encoded.append(len(batch))
+        return np.ones((len(batch), 2), dtype=np.float32)
+
+    monkeypatch.setattr("blackbox_vlm.backends.local.VECTORS_KEPT", 3)
+    cache = _FeatureCache(encode)
+    for picture in pictures:
+        assert cache.of((picture,)).shape == (1, 2)
+    cache.of(pictures[2:])  # these are kept
+    cache.of(pictures)  # larger than what is kept, and answered all the same
+    assert encoded == [1, 1, 1, 1, 1, 2]

@@ -39,7 +39,8 @@ def bind(host: str, port: int, settings: ServerSettings) -> socket.socket:
             f"{address} can be reached from other machines; ask for a token: --token-env NAME"
         )
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Named as TCP, so that asyncio turns off Nagle's algorithm: it costs 40 ms an answer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((str(address), port))
