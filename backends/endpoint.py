@@ -308,7 +308,7 @@ def read_options(kind: type[EndpointOptions], options: Mapping[str, Any]) -> End
     if first["type"] == "extra_forbidden":
         known = ", ".join(kind.model_fields)
         raise InputError(f"unknown option {name}; this protocol takes {known}")
-    raise InputError(f"{name} is {first['input']!r}: {first['msg']}; correct it")
+    raise InputError(f"{name} is {repr(first['input'])[:200]}: {first['msg']}; correct it")
 
 
 def check_limits(request: Request, capabilities: Capabilities) -> None:

@@ -1,4 +1,4 @@
-"""One request, once: the only module that knows httpx.
+"""One request, once: beside `_client.py` the only module that knows httpx.
 
 A request is sent a single time and ends in a `Reply` or in the one error that says what it means
 for the budget (`blackbox_vlm.errors`). Who retries, and who pays, is the meter's business.
@@ -20,8 +20,6 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import cache
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -44,6 +42,7 @@ from blackbox_vlm.errors import (
 from blackbox_vlm.secret import Secret
 
 from . import _headers
+from ._client import Progress, Session, require_http2, trusted
 from ._json import parse_json
 from ._url import Origin, parse_url
 
@@ -111,7 +110,7 @@ class Transport:
         self._inner = inner
         self._options: dict[str, Any] = {
             "http2": http2,
-            "verify": _trusted(ca_file),
+            "verify": trusted(ca_file),
             "trust_env": use_env_proxy,
             "transport": inner,
             "follow_redirects": False,
@@ -119,8 +118,8 @@ class Transport:
             "timeout": httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout / 3)),
         }
         if http2:
-            _require_http2()
-        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, _Session] = WeakKeyDictionary()
+            require_http2()
+        self._sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, Session] = WeakKeyDictionary()
 
     @property
     def origin(self) -> Origin:
@@ -195,7 +194,7 @@ class Transport:
         self, method: str, path: str, headers: Mapping[str, str], content: bytes | None, most: int
     ) -> _Raw | BackendError:
         """Send and receive; every failure becomes a value, so that no traceback holds a key."""
-        progress = _Progress(headers_done=self._inner is not None, begun=self._inner is not None)
+        progress = Progress(headers_done=self._inner is not None, begun=self._inner is not None)
         try:
             async with asyncio.timeout(self._timeout):
                 client = await self._client()
@@ -222,7 +221,7 @@ class Transport:
             )
         return self._unreachable(f"no connection in {self._timeout:g} s")
 
-    def _failure(self, error: Exception, progress: _Progress) -> BackendError:
+    def _failure(self, error: Exception, progress: Progress) -> BackendError:
         """Before the request was on its way, or after? That is what the budget must know."""
         said = self._scrub(_one_line(str(error)) or type(error).__name__)
         if isinstance(error, httpx.LocalProtocolError) and not progress.headers_done:
@@ -249,7 +248,7 @@ class Transport:
         loop = asyncio.get_running_loop()
         session = self._sessions.get(loop)
         if session is None:
-            session = self._sessions[loop] = _Session(self._options)
+            session = self._sessions[loop] = Session(self._options)
         return await session.client()
 
     def _url(self, path: str) -> str:
@@ -327,48 +326,6 @@ class Transport:
         return text
 
 
-class _Session:
-    """A client that lives as long as its event loop.
-
-    `asyncio.run` closes the async generators of its loop at the end, and with this one the
-    connections: a backend can be used in one `asyncio.run` after another.
-    """
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self._generator = _open_client(options)
-        self._client: httpx.AsyncClient | None = None
-
-    async def client(self) -> httpx.AsyncClient:
-        if self._client is None:
-            self._client = await anext(self._generator)
-        return self._client
-
-    async def aclose(self) -> None:
-        await self._generator.aclose()
-
-
-async def _open_client(options: Mapping[str, Any]) -> AsyncGenerator[httpx.AsyncClient, None]:
-    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # each request stands alone
-    async with httpx.AsyncClient(**options, cookies=no_cookies) as client:
-        while True:
-            yield client
-
-
-@dataclass(slots=True)
-class _Progress:
-    """How far a request has come; an `inner` transport does not tell, and counts as far."""
-
-    headers_done: bool
-    begun: bool  # its first byte may be on its way
-
-    async def note(self, event: str, info: Mapping[str, Any]) -> None:
-        """httpx's trace callback; a proxy's CONNECT is not the request."""
-        if "request" in info and info["request"].method == b"CONNECT":
-            return
-        self.begun |= event.endswith("send_request_headers.started")
-        self.headers_done |= event.endswith("send_request_body.started")
-
-
 @dataclass(frozen=True, slots=True)
 class _Raw:
     status: int
@@ -437,33 +394,3 @@ def _says_no_credit(body: bytes) -> bool:
 
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-
-
-def _trusted(ca_file: Path | None) -> ssl.SSLContext:
-    """Verification has no off switch. SSL_CERT_FILE and SSLKEYLOGFILE do not count here."""
-    import certifi
-
-    if ca_file is None:
-        return _usual_context(certifi.where())
-    try:
-        return _context(str(ca_file))
-    except (OSError, ssl.SSLError):
-        raise InputError(f"ca_file {str(ca_file)!r} holds no certificates; wanted PEM") from None
-
-
-@cache  # 15 ms
-def _usual_context(ca_file: str) -> ssl.SSLContext:
-    return _context(ca_file)
-
-
-def _context(ca_file: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # unlike create_default_context: no key log
-    context.load_verify_locations(ca_file)
-    return context
-
-
-def _require_http2() -> None:
-    try:
-        import h2  # noqa: F401
-    except ImportError:
-        raise InputError("http2 needs a package: pip install 'blackbox-vlm[http2]'") from None

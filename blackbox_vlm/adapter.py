@@ -35,6 +35,7 @@ from blackbox_vlm.observations import (
     prompt_requests,
 )
 from blackbox_vlm.running import run_sync
+from blackbox_vlm.scores import predicted
 from blackbox_vlm.task import Classes
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,7 +48,8 @@ class Predictions(NamedTuple):
     """Predictions for images, in their order.
 
     Attributes:
-        labels: index of the predicted class, `(n_images,)` int64.
+        labels: index of the predicted class, `(n_images,)` int64; `NO_LABEL` where the endpoint
+            prefers none.
         probabilities: `(n_images, n_classes)` float32; rows sum to 1.
     """
 
@@ -229,7 +231,7 @@ def _refiner_problem(refiner: dict[str, NDArray[np.float32]] | None, n_classes: 
 
 def to_predictions(logits: Logits) -> Predictions:
     """Labels and probabilities of logits `(n_images, n_classes)`."""
-    return Predictions(logits.argmax(1), softmax(logits, axis=1))
+    return Predictions(predicted(logits), softmax(logits, axis=1))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -48,6 +48,11 @@ def percent(fraction: float | None) -> str:
     return "not measured" if fraction is None else f"{100 * fraction:.1f} %"
 
 
+def usd(amount: float | None) -> str:
+    """A sum of money for people; None where the endpoint declares no price."""
+    return "price unknown" if amount is None else f"{amount:g} USD"
+
+
 def _inert(value: object) -> object:
     """A cell that no terminal takes for control and no spreadsheet for a formula."""
     if not isinstance(value, str):

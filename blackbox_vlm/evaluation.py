@@ -18,6 +18,7 @@ from blackbox_vlm.images import Image
 from blackbox_vlm.ledger import Ledger, Lost
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
+from blackbox_vlm.plan import check_max_cost
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.scores import predicted
 from blackbox_vlm.task import Task
@@ -54,6 +55,7 @@ def evaluate(
     ledger: Path,
     *,
     budget: int | None = None,
+    max_cost: float | None = None,
     on_lost: Lost = "stop",
 ) -> Evaluation:
     """Compare the adapter with the endpoint's own predictions on labelled images.
@@ -64,6 +66,7 @@ def evaluate(
         backend: the endpoint.
         ledger: the file that counts; what it holds already is not paid again.
         budget: queries that may be spent; None allows exactly `evaluation_cost`.
+        max_cost: USD that may be spent now.
         on_lost: what to do about a query whose answer was lost: "stop", or "resend" and pay again.
 
     Raises:
@@ -80,7 +83,7 @@ def evaluate(
             return plain, adapter.refined(plain)
         return plain, await adapter.logits(meter, task.images, "tuned")
 
-    (plain, tuned), spent = _spend(ask, backend, ledger, allowed, on_lost)
+    (plain, tuned), spent = _spend(ask, backend, ledger, allowed, max_cost, on_lost)
     return Evaluation(
         accuracy=float((predicted(tuned) == labels).mean()),
         zero_shot_accuracy=float((predicted(plain) == labels).mean()),
@@ -98,9 +101,12 @@ def predict(
     ledger: Path,
     *,
     budget: int | None = None,
+    max_cost: float | None = None,
     on_lost: Lost = "stop",
 ) -> tuple[Predictions, int]:
     """Predict images under a ledger that remembers: the same images again cost nothing.
+
+    The arguments are those of `evaluate`.
 
     Returns:
         the predictions, and the queries that they cost now.
@@ -116,7 +122,7 @@ def predict(
     async def ask(meter: Meter) -> Logits:
         return await adapter.logits(meter, images, "predict")
 
-    logits, spent = _spend(ask, backend, ledger, allowed, on_lost)
+    logits, spent = _spend(ask, backend, ledger, allowed, max_cost, on_lost)
     return to_predictions(logits), spent
 
 
@@ -125,13 +131,17 @@ def _spend(
     backend: Backend,
     ledger: Path,
     allowed: int,
+    max_cost: float | None,
     on_lost: Lost,
 ) -> tuple[Result, int]:
     """Ask under a budget of its own; the result, and the queries that it cost now."""
+    check_max_cost(max_cost, backend.capabilities)
     with Ledger(ledger, extend=True) if ledger.exists() else Ledger(ledger, allowed) as book:
         totals = book.totals()
         again = totals.unknown + totals.open if on_lost == "resend" else 0
-    with Ledger(ledger, max(allowed + again, totals.budget), extend=True) as book:
+    budget = max(allowed + again, totals.budget)
+    limit = None if max_cost is None else totals.cost + max_cost
+    with Ledger(ledger, budget, max_cost=limit, extend=True) as book:
         before = book.spent()
         result = run_sync(ask(Meter(backend, book, on_lost=on_lost)))
         return result, book.spent() - before

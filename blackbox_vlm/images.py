@@ -206,7 +206,8 @@ def _inside(path: Path, home: Path) -> None:
 def _read(path: Path) -> bytes:
     try:
         with open(_open_regular(path), "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size  # read(n) allocates n bytes, whatever there is
+            data = file.read(min(size, MAX_BYTES) + 1)
     except (OSError, ValueError) as error:
         raise _Unusable(_cause(error)) from None
     if not data:

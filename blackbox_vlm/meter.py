@@ -324,7 +324,7 @@ class Meter:
         return isinstance(error, NotSent | RateLimited)
 
 
-_backoff = tenacity.wait_exponential(multiplier=0.5, max=8.0) + tenacity.wait_random(0.0, 0.5)
+_backoff = tenacity.wait_exponential(multiplier=0.5, max=8.0) + tenacity.wait_random(0.0, 0.3)
 
 
 def _wait(state: tenacity.RetryCallState) -> float:

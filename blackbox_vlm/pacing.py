@@ -105,7 +105,7 @@ class Pacer:
         now = self._clock.now()
         self._answered += self._refused_at is None or entered > self._refused_at
         self._window = min(self._most, self._window + 1 / self._window)
-        self._rate *= math.exp(GROWTH * (now - self._grown))
+        self._rate *= math.exp(GROWTH * min(now - self._grown, LONGEST_WAIT))
         self._grown = now
         if quota is not None:  # what left later is not counted in it yet
             later = sum(other > entered for other in self._flying)

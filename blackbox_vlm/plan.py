@@ -21,6 +21,9 @@ from blackbox_vlm.images import Image
 from blackbox_vlm.observations import plain_requests
 from blackbox_vlm.task import Task
 
+MOST_USD = 9e9  # of a limit; what a ledger can count
+RESEND_SHARE = 0.1  # of what is left for the searches, where a lost answer must be paid again
+
 
 class Method(StrEnum):
     """How to tune."""
@@ -101,6 +104,23 @@ def make_plan(
     return _plan_refine(task, capabilities, budget)
 
 
+def check_max_cost(max_cost: float | None, capabilities: Capabilities) -> None:
+    """Refuse a limit on money that nobody could keep.
+
+    Raises:
+        InputError: it is no limit, or the endpoint's price is unknown.
+    """
+    if max_cost is None:
+        return
+    if not 0 <= max_cost < MOST_USD:
+        raise InputError(f"the limit is {max_cost} USD; give a number of 0 or more")
+    if capabilities.price is None:
+        raise InputError(
+            f"the limit is {max_cost:g} USD and the endpoint's price is unknown, so that it cannot "
+            "be kept; declare the price ([price] in its file), or leave the limit out"
+        )
+
+
 def default_method(access: Access) -> Method:
     """CraFT where soft prompts are taken, its refiner elsewhere."""
     return Method.CRAFT if access is Access.SOFT else Method.REFINE
@@ -166,6 +186,8 @@ def _stages(
     task: Task, capabilities: Capabilities, recipe: Recipe, left: int, seed: int
 ) -> list[Stage] | None:
     """Share out the generations; None if there is not one for every search."""
+    if not capabilities.idempotent:  # a run that lost a few answers must still come to its end
+        left -= int(left * RESEND_SHARE)
     stages = []
     folds = fold_members(task, recipe.folds, seed) if recipe.folds else []
     share = int(left * recipe.fold_share)

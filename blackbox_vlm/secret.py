@@ -12,6 +12,7 @@ from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import quote
 
 _MASK = "***"
+_NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,99}")
 _VISIBLE = re.compile(r"[!-~]+")
 _MOST_BYTES = 16 * 1024
 
@@ -38,7 +39,12 @@ class Secret:
 
     @classmethod
     def from_env(cls, name: str) -> Secret:
-        """Read an environment variable. Raises InputError: it is not set, or no key."""
+        """Read an environment variable. Raises InputError: it is not set, no name, or no key."""
+        if not _NAME.fullmatch(name):  # somebody may have put the key itself there
+            raise InputError(
+                "the name of the environment variable with the key is no such name (capitals, "
+                "digits and _); it is not shown, in case it is the key"
+            )
         if name not in os.environ:
             raise InputError(f"the environment variable {name} is not set; put the key there")
         return cls(os.environ[name], f"the environment variable {name}")

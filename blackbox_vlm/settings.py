@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from blackbox_vlm.backend import Backend, open_backend
+from blackbox_vlm.endpoint import SUFFIX, closing, open_endpoint
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import SUFFIXES, quote
 from blackbox_vlm.ledger import Lost
+from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.task import Task
 from blackbox_vlm.tuning import Options
+
+_BACKEND_OPTIONS = ("model", "pretrained", "device", "access")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,29 +36,28 @@ class Settings:
     classes: str | None = None
     template: str | None = None
     strict: bool = False
-    backend: str = "local"
-    model: str = "nano"
+    backend: str = "local"  # an installed backend, or the absolute path of an endpoint file
+    model: str | None = None
     pretrained: str | None = None
-    device: str = "auto"
-    access: str = "soft"
+    device: str | None = None
+    access: str | None = None
     restrict: tuple[str, ...] = ()
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any], run: Path) -> Self:
-        """Read what `to_description` wrote.
+    def from_run(cls, run: Path) -> Self:
+        """The settings of a run, from what `to_description` wrote.
 
         Raises:
-            InputError: the run was not started on the command line.
+            InputError: there is no run, or it was not started on the command line.
         """
+        description = RunDirectory(run).describe()
         names = {field.name for field in dataclasses.fields(cls)}
         if not {"data", "budget"} <= description.keys() <= names:
             raise InputError(
                 f"{run} was not started by `blackbox-vlm tune`; go on with it where it was, "
                 "with tune(..., resume=True)"
             )
-        values = dict(description)
-        values["restrict"] = tuple(values.get("restrict", ()))
-        return cls(**values)
+        return cls(**{**description, "restrict": tuple(description.get("restrict", ()))})
 
     def to_description(self) -> dict[str, Any]:
         """As JSON values."""
@@ -76,22 +80,46 @@ class Settings:
         )
         return task if self.shots is None else task.sample(self.shots, self.seed)
 
+    def opened(self) -> AbstractContextManager[Backend]:
+        """The endpoint, to be used in a `with`, which closes it."""
+        return closing(self.open_backend())
+
     def open_backend(self) -> Backend:
-        """The endpoint."""
-        restrictions = dict(parse_restriction(text) for text in self.restrict)
-        if clash := restrictions.keys() & {"model", "pretrained", "device", "access"}:
-            name = min(clash)
-            raise InputError(f"--restrict {name}=... is an option of its own; give --{name}")
-        if self.backend != "local":
-            return open_backend(self.backend, **restrictions)
-        return open_backend(
-            "local",
-            model=self.model,
-            pretrained=self.pretrained,
-            device=self.device,
-            access=self.access,
-            **restrictions,
+        """The endpoint; whoever opens it closes it.
+
+        Raises:
+            InputError: it is no endpoint, or does not take these options; nothing was sent.
+        """
+        given = {name: getattr(self, name) for name in _BACKEND_OPTIONS}
+        given = {name: value for name, value in given.items() if value is not None}
+        if is_endpoint_file(self.backend):
+            self._check_alone(given)
+            return open_endpoint(Path(self.backend))
+        return open_backend(self.backend, **given, **parse_restrictions(self.restrict))
+
+    def _check_alone(self, given: Mapping[str, Any]) -> None:
+        """An endpoint file says everything; refuse what would be ignored beside it."""
+        names = [*given, *(["restrict"] if self.restrict else [])]
+        if names:
+            raise InputError(
+                f"--{names[0]} is for the local backend; {quote(Path(self.backend).name)} says "
+                "everything about its endpoint. Put it there, or leave it out"
+            )
+
+
+def is_endpoint_file(backend: str) -> bool:
+    """Whether `--backend` names an endpoint file rather than an installed backend.
+
+    Raises:
+        InputError: it is a URL.
+    """
+    if "://" in backend:
+        raise InputError(
+            "--backend takes a name or an endpoint file, not a URL; write endpoint.toml with the "
+            'lines protocol = "zero-shot", url = "https://..." and model = "...", or let '
+            "`blackbox-vlm probe URL` find out what else to declare"
         )
+    return backend.endswith(SUFFIX)
 
 
 def load_task(
@@ -106,6 +134,19 @@ def load_task(
     if data.is_file():
         return Task.from_csv(data, classes=classes, template=template, strict=strict)
     return Task.from_folder(data, classes=classes, template=template, split=split, strict=strict)
+
+
+def parse_restrictions(texts: Sequence[str]) -> dict[str, str | int | float]:
+    """The options behind `--restrict`, which are none of the local backend's own.
+
+    Raises:
+        InputError: one is no `NAME=VALUE`, or has an option of its own.
+    """
+    restrictions = dict(map(parse_restriction, texts))
+    if clash := restrictions.keys() & set(_BACKEND_OPTIONS):
+        name = min(clash)
+        raise InputError(f"--restrict {name}=... is an option of its own; give --{name}")
+    return restrictions
 
 
 def parse_restriction(text: str) -> tuple[str, str | int | float]:

@@ -21,7 +21,15 @@ from blackbox_vlm.errors import InputError
 from blackbox_vlm.ledger import Ledger, Lost, Totals
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
-from blackbox_vlm.plan import Method, Plan, default_method, fold_members, make_plan, needs_canary
+from blackbox_vlm.plan import (
+    Method,
+    Plan,
+    check_max_cost,
+    default_method,
+    fold_members,
+    make_plan,
+    needs_canary,
+)
 from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.scores import predicted
@@ -61,6 +69,7 @@ class TuneResult:
         tuned_accuracy: out-of-fold, of the strategy that was chosen; None without a guard.
         strategy: what the adapter deploys.
         queries_spent: of `budget`; `queries_planned` of them were foreseen.
+        cost_usd: None where the endpoint declares no price.
         noise: the largest difference between two answers to one question; None if not asked.
         adapter: its folder.
     """
@@ -69,7 +78,7 @@ class TuneResult:
     queries_planned: int
     queries_spent: int
     images_shown: int
-    cost_usd: float
+    cost_usd: float | None
     method: str
     recipe: str
     seed: int
@@ -91,16 +100,12 @@ def dry_run(task: Task, capabilities: Capabilities, options: Options) -> Plan:
         InputError: the data, the access level or the budget does not allow it.
     """
     _check_options(options)
+    check_max_cost(options.max_cost, capabilities)
     recipe = recipe_named(options.recipe)
     method = _method(options.method) or default_method(capabilities.access)
     made = make_plan(
         task, capabilities, recipe, budget=options.budget, method=method, seed=options.seed
     )
-    if options.max_cost is not None and made.usd is None:
-        raise InputError(
-            f"the limit is {options.max_cost:g} USD and the endpoint's price is unknown, so that "
-            "it cannot be kept; declare the price, or leave the limit out"
-        )
     if options.max_cost is not None and made.usd is not None and made.usd > options.max_cost:
         raise InputError(
             f"the plan costs {made.usd:g} USD and the limit is {options.max_cost:g}; "
@@ -230,7 +235,7 @@ def _result(
         queries_planned=made.queries,
         queries_spent=totals.queries,
         images_shown=totals.images,
-        cost_usd=totals.cost,
+        cost_usd=totals.cost if totals.cost or made.usd is not None else None,
         method=made.method.value,
         recipe=options.recipe,
         seed=options.seed,
@@ -313,8 +318,6 @@ def _check_options(options: Options) -> None:
         raise InputError(f"the budget is {options.budget} queries; give at least 1, below 2**63")
     if not 0 <= options.seed < 2**63:
         raise InputError(f"the seed is {options.seed}; wanted 0 to 2**63 - 1")
-    if options.max_cost is not None and not 0 <= options.max_cost < 9e9:
-        raise InputError(f"the limit is {options.max_cost} USD; give a number of 0 or more")
     if options.on_lost not in ("stop", "resend"):
         raise InputError(f"unknown on_lost {options.on_lost!r}; wanted stop or resend")
 

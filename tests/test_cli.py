@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blackbox_vlm.backends.zero_shot import ZeroShot
 from click.testing import CliRunner, Result
 
 import blackbox_vlm
 from blackbox_vlm import demo_folder
 from blackbox_vlm.cli import main
 from blackbox_vlm.ledger import Ledger
+from blackbox_vlm.testing import Received, ScriptedServer
+from blackbox_vlm.testing.server import message, reply
 
 SMALL = ("--shots", "2", "--budget", "130")
 
@@ -57,7 +63,8 @@ def finished(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_version_and_help() -> None:
     assert blackbox_vlm.__version__ in run("--version").output
     text = run("--help").output
-    for command in ("tune", "resume", "evaluate", "predict", "inspect", "demo"):
+    commands = "tune resume evaluate predict inspect probe serve-blackbox demo"
+    for command in commands.split():
         assert command in text
         assert run(command, "--help").exit_code == 0
 
@@ -159,6 +166,8 @@ def spoil(folder: Path, what: str) -> None:
         ("", ("--restrict", "decimals"), "NAME=VALUE"),
         ("", ("--restrict", "wings=2"), "texts_per_request"),
         ("", ("--backend", "carrier-pigeon"), "local"),
+        ("", ("--backend", "nowhere.toml"), "nowhere.toml"),
+        ("", ("--backend", "https://example.org"), "blackbox-vlm probe URL"),
     ],
 )
 def test_bad_input_is_one_line_before_a_query(
@@ -223,6 +232,131 @@ def test_every_access_level_tunes_and_evaluates(
     tuned = ok(*words, "--method", "refine", "--out", tmp_path / "run")
     assert plan["queries"] == tuned["queries_spent"]
     assert ok("evaluate", tmp_path / "run", small)["n_images"] == 12
+
+
+# -- a hosted endpoint --------------------------------------------------------------------------
+
+
+def hosted(received: Received) -> list[bytes]:
+    """A zero-shot endpoint whose scores depend on the picture and the text alone."""
+    body = json.loads(received.body)
+    rows = []
+    for label in body["parameters"]["candidate_labels"]:
+        digest = hashlib.sha256(f"{body['inputs']} {label}".encode()).digest()
+        rows.append({"label": label, "score": 0.01 + digest[0] / 256})
+    total = sum(row["score"] for row in rows)
+    return [message(json.dumps([{**row, "score": row["score"] / total} for row in rows]).encode())]
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An endpoint file in the current folder."""
+    monkeypatch.setenv("HOSTED_KEY", "s3cret")
+    monkeypatch.chdir(tmp_path)
+    with ScriptedServer(hosted) as server:
+        Path("hosted.toml").write_text(
+            f'protocol = "zero-shot"\nurl = "{server.url}"\nmodel = "clip"\n'
+            'key_env = "HOSTED_KEY"\ndeterministic = true\n'
+        )
+        yield Path("hosted.toml")
+
+
+def test_an_endpoint_file_is_all_that_a_run_needs(
+    small: Path, endpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[ZeroShot] = []
+    aclose = ZeroShot.aclose
+
+    async def watched(self: ZeroShot) -> None:
+        closed.append(self)
+        await aclose(self)
+
+    monkeypatch.setattr(ZeroShot, "aclose", watched)
+    words = ("tune", small, "--shots", 2, "--budget", 20, "--backend", endpoint)
+    plan = ok(*words, "--dry-run")
+    assert plan["usd"] is None
+    assert "price unknown" in run(*words, "--dry-run").stdout
+    tuned = ok(*words)
+    out = tmp_path / "runs" / "small-hosted-0"
+    assert tuned["queries_spent"] == plan["queries"] == 6
+    assert json.loads((out / "run.json").read_text())["backend"] == str(tmp_path / "hosted.toml")
+    monkeypatch.chdir("/")
+    assert {**ok("resume", out), "adapter": tuned["adapter"]} == tuned
+    assert ok("evaluate", out, small)["queries_spent"] == 12
+    assert ok("predict", out, small / "test")["queries_spent"] == 12
+    assert len(closed) == len(set(map(id, closed))) == 6
+    assert "none declared" in run("inspect", out).stdout
+    assert not [
+        path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()
+    ]
+
+
+def test_money_is_not_spent_at_an_unknown_price(small: Path, endpoint: Path) -> None:
+    words = ("tune", small, "--shots", 2, "--budget", 20, "--backend", endpoint)
+    refused = run(*words, "--max-cost", 1, "--out", "run")
+    assert refused.exit_code == 2
+    assert "price" in refused.stderr
+    assert not Path("run").exists()
+    with endpoint.open("a") as file:
+        file.write("[price]\nper_request = 0.5\n")
+    assert run(*words, "--max-cost", 2, "--out", "run").exit_code == 2
+    assert ok(*words, "--max-cost", 3, "--out", "run")["cost_usd"] == 3
+    assert "3 USD" in run("inspect", "run").stdout
+
+
+def test_options_of_the_local_black_box_are_refused_beside_a_file(
+    small: Path, endpoint: Path
+) -> None:
+    words = ("tune", small, "--budget", 20, "--backend", endpoint, "--out", "run")
+    for more in (("--model", "nano"), ("--access", "soft"), ("--restrict", "decimals=4")):
+        refused = run(*words, *more)
+        assert refused.exit_code == 2
+        assert f"{more[0]} is for the local backend" in refused.stderr
+
+
+def test_an_empty_account_has_its_exit_code(small: Path, endpoint: Path) -> None:
+    with ScriptedServer(reply(b'{"error": "pay"}', 402)) as server:
+        lines = endpoint.read_text().splitlines()
+        lines[1] = f'url = "{server.url}"'
+        endpoint.write_text("\n".join(lines))
+        words = ("tune", small, "--budget", 20, "--backend", endpoint, "--out", "run")
+        assert run(*words).exit_code == 7
+
+
+@pytest.mark.slow
+def test_the_readme_wraps_an_endpoint_in_ten_lines(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a new user would, against the server in another process."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    [wrapped] = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+    [served] = re.findall(r"^ENDPOINT_KEY=(\w+) blackbox-vlm (serve-blackbox .*)$", readme, re.M)
+    assert len(wrapped.splitlines()) < 10
+    monkeypatch.setenv("ENDPOINT_KEY", served[0])
+    with start(*served[1].split(), "--port", "0") as server:
+        assert server.stdout is not None
+        try:
+            printed = [next(server.stdout) for _ in range(3)]
+            [port] = re.findall(r":(\d+)", "".join(printed))
+            (tmp_path / "endpoint.toml").write_text(wrapped.replace(":8000/", f":{port}/"))
+            words = ("--shots", 2, "--budget", 20, "--max-cost", 1, "--out", tmp_path / "run")
+            tuned = ok("tune", small, "--backend", tmp_path / "endpoint.toml", *words)
+            evaluated = ok("evaluate", tmp_path / "run", small)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate()
+    assert tuned["cost_usd"] == pytest.approx(0.001 * tuned["queries_spent"])
+    assert tuned["zero_shot_accuracy"] > 0.5  # the model's own predictions, through HTTP
+    assert evaluated["n_images"] == 12
+
+
+def test_a_reader_that_has_enough_is_no_error(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
+    with start("inspect", out, "--json") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
 
 
 def start(*words: object, **environment: str) -> subprocess.Popen[str]:

@@ -297,18 +297,18 @@ NO_ROUTE = NotSent("no route")
 LATER = RateLimited("429", retry_after=2.0)
 AGAIN: list[Any] = [
     # faults, capabilities, on_lost, asked, charged, seconds; None: it is answered in the end
-    ([NO_ROUTE, NO_ROUTE], {}, "stop", 3, 1, (1.5, 2.5), None),
-    ([NO_ROUTE] * 3, {}, "stop", 3, 0, (1.5, 2.5), NotSent),
+    ([NO_ROUTE, NO_ROUTE], {}, "stop", 3, 1, (1.5, 2.1), None),
+    ([NO_ROUTE] * 3, {}, "stop", 3, 0, (1.5, 2.1), NotSent),
     ([LATER, LATER], {}, "stop", 3, 3, (4.0, 4.0), None),
     ([LATER, LATER], {"refusals_free": True}, "stop", 3, 1, (4.0, 4.0), None),
     ([LATER] * 3, {}, "stop", 3, 3, (4.0, 4.0), RateLimited),
     ([RateLimited("429", final=True)], {}, "stop", 1, 1, (0, 0), RateLimited),
     ([RateLimited("429", retry_after=3600.0)], {}, "stop", 1, 1, (0, 0), RateLimited),
     ([QuotaError("402")], {}, "resend", 1, 1, (0, 0), QuotaError),
-    ([LOST], {"idempotent": True}, "stop", 2, 1, (0.5, 1.0), None),
-    ([LOST, LOST], {}, "resend", 3, 3, (1.5, 2.5), None),
+    ([LOST], {"idempotent": True}, "stop", 2, 1, (0.5, 0.8), None),
+    ([LOST, LOST], {}, "resend", 3, 3, (1.5, 2.1), None),
     ([UnknownOutcome("503", final=True)], {}, "resend", 1, 1, (0, 0), UnknownOutcome),
-    ([ContractError("no JSON")], {}, "resend", 2, 2, (0.5, 1.0), None),
+    ([ContractError("no JSON")], {}, "resend", 2, 2, (0.5, 0.8), None),
     ([ContractError("no JSON")], {"idempotent": True}, "resend", 1, 1, (0, 0), ContractError),
     ([other_model], {}, "resend", 1, 1, (0, 0), ModelChanged),
 ]

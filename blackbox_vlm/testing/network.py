@@ -51,10 +51,10 @@ def pool_exhausted(bench: Bench) -> None:
 
 
 def untrusted_certificate(bench: Bench) -> None:
-    authority, stranger = Authority(bench.folder), Authority(bench.folder)
+    stranger = Authority(bench.folder).sign()
     authority = Authority(bench.folder)
     for name, tls in (
-        ("signed by nobody we know", stranger.sign()),
+        ("signed by nobody we know", stranger),
         ("expired", authority.sign(expired=True)),
         ("of another host", authority.sign("elsewhere.example")),
     ):

@@ -39,7 +39,7 @@ class Received:
 
     method: str
     path: str
-    headers: dict[str, str]
+    headers: dict[str, str]  # one that came twice is joined by commas
     body: bytes
     connection: int  # which one brought it, counted from 0
 
@@ -58,6 +58,8 @@ class ScriptedServer:
         reads_bodies: False leaves every body in the network, where it blocks who sends it.
 
     Attributes:
+        url: its origin, e.g. `http://127.0.0.1:49152`.
+        port: of that.
         received: the requests so far.
         connections: how many were accepted so far.
         sent: bytes that a client took so far.
@@ -84,18 +86,10 @@ class ScriptedServer:
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", port))
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{self.port}"
         if not reads_bodies:  # inherited by every connection
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        return int(self._listener.getsockname()[1])
-
-    @property
-    def url(self) -> str:
-        """Its origin, e.g. `http://127.0.0.1:49152`."""
-        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
         self._start(self._accept)
@@ -139,9 +133,12 @@ class ScriptedServer:
         connection = plain
         try:
             if self._tls is not None:
-                connection = self._tls.wrap_socket(plain, server_side=True)
+                connection = self._tls.wrap_socket(
+                    plain, server_side=True, do_handshake_on_connect=False
+                )
                 with self._lock:
                     self._open = self._open - {plain} | {connection}
+                connection.do_handshake()
             with connection.makefile("rb") as stream:
                 while (received := self._read(stream, number)) is not None:
                     if not self._perform(connection, self._next()(received)):
@@ -160,8 +157,7 @@ class ScriptedServer:
         if not head:
             return None
         method, path, _ = head[0].split(" ", 2)
-        fields = (line.partition(":") for line in head[1:])
-        headers = {name.lower(): value.strip() for name, _, value in fields}
+        headers = _headers(head[1:])
         length = int(headers.get("content-length", 0)) if self._reads_bodies else 0
         body = stream.read(length)
         if len(body) < length:
@@ -189,6 +185,14 @@ class ScriptedServer:
             elif self._stopped.wait(None if math.isinf(action) else action):
                 return False
         return True
+
+
+def _headers(lines: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        found[name.lower()] = ", ".join(filter(None, (found.get(name.lower()), value.strip())))
+    return found
 
 
 def _head(stream: BinaryIO) -> Iterator[bytes]:

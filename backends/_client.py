@@ -1,0 +1,94 @@
+"""httpx clients: one per event loop, with the keys, the trust and the limits that ours have."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from blackbox_vlm.errors import InputError
+
+
+class Session:
+    """A client that lives as long as its event loop.
+
+    `asyncio.run` closes the async generators of its loop at the end, and with this one the
+    connections: a backend can be used in one `asyncio.run` after another.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._generator = _open_client(options)
+        self._client: httpx.AsyncClient | None = None
+
+    async def client(self) -> httpx.AsyncClient:
+        """The client, opened at first."""
+        if self._client is None:
+            self._client = await anext(self._generator)
+        return self._client
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        await self._generator.aclose()
+
+
+async def _open_client(options: Mapping[str, Any]) -> AsyncGenerator[httpx.AsyncClient, None]:
+    no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # each request stands alone
+    async with httpx.AsyncClient(**options, cookies=no_cookies) as client:
+        while True:
+            yield client
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a request has come; an `inner` transport does not tell, and counts as far."""
+
+    headers_done: bool
+    begun: bool  # its first byte may be on its way
+
+    async def note(self, event: str, info: Mapping[str, Any]) -> None:
+        """httpx's trace callback; a proxy's CONNECT is not the request."""
+        if "request" in info and info["request"].method == b"CONNECT":
+            return
+        self.begun |= event.endswith("send_request_headers.started")
+        self.headers_done |= event.endswith("send_request_body.started")
+
+
+def trusted(ca_file: Path | None) -> ssl.SSLContext:
+    """Whom to trust. Verification has no off switch; SSL_CERT_FILE and SSLKEYLOGFILE do not count.
+
+    Raises:
+        InputError: the file holds no certificates.
+    """
+    import certifi
+
+    if ca_file is None:
+        return _usual_context(certifi.where())
+    try:
+        return _context(str(ca_file))
+    except (OSError, ssl.SSLError):
+        raise InputError(f"ca_file {str(ca_file)!r} holds no certificates; wanted PEM") from None
+
+
+@cache  # 15 ms
+def _usual_context(ca_file: str) -> ssl.SSLContext:
+    return _context(ca_file)
+
+
+def _context(ca_file: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # unlike create_default_context: no key log
+    context.load_verify_locations(ca_file)
+    return context
+
+
+def require_http2() -> None:
+    """Raises InputError: HTTP/2 is not installed."""
+    try:
+        import h2  # noqa: F401
+    except ImportError:
+        raise InputError("http2 needs a package: pip install 'blackbox-vlm[http2]'") from None

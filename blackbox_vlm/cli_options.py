@@ -1,0 +1,77 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+data_options = _together(
+    click.option("--classes", type=PATH, help="File with a class per line: `folder,class name`."),
+    click.option("--template", help='Text around the class name, e.g. "a photo of a {}.".'),
+    click.option("--strict", is_flag=True, help="Refuse broken images instead of skipping them."),
+)
+cost_option = click.option(
+    "--max-cost", type=click.FloatRange(min=0), help="USD that may be spent."
+)
+lost_option = click.option(
+    "--on-lost",
+    type=click.Choice(["stop", "resend"]),
+    help="About a query whose answer was lost: stop (the default), or resend and pay again.",
+)
+method_options = _together(
+    click.option(
+        "--method", type=click.Choice(["craft", "refine"]), help="By access, if left out."
+    ),
+    click.option(
+        "--recipe",
+        default="craft",
+        show_default=True,
+        help="Settings of CraFT: craft, craft-paper or craft-paper-flowers.",
+    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    cost_option,
+)
+backend_options = _together(
+    click.option(
+        "--backend",
+        default="local",
+        show_default=True,
+        help="An endpoint file such as endpoint.toml, or an installed backend.",
+    ),
+    click.option("--model", help="Model of the local backend.  [default: nano]"),
+    click.option("--pretrained", help='Tag of its weights, e.g. "openai".'),
+    click.option("--device", help="auto, cpu or cuda.  [default: auto]"),
+    click.option(
+        "--access",
+        type=click.Choice(["soft", "embeddings", "scores", "label"]),
+        help="What the local black box lets its caller see.  [default: soft]",
+    ),
+    click.option(
+        "--restrict",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Rehearse a limit: images_per_request, texts_per_request, decimals, top_k, "
+        "score_kind (logits, softmax, sigmoid, cosine), noise. May be repeated.",
+    ),
+)
+budget_option = click.option(
+    "--budget", type=int, help="Queries that may be spent; what it takes, if left out."
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
+)

@@ -1,0 +1,220 @@
+"""`tune`, `resume` and `demo`: the commands that make an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blackbox_vlm.cli_options import (
+    PATH,
+    backend_options,
+    data_options,
+    json_option,
+    lost_option,
+    method_options,
+)
+from blackbox_vlm.console import StopSignals, percent, print_json, print_table, say, usd
+
+if TYPE_CHECKING:
+    from blackbox_vlm.backend import Backend
+    from blackbox_vlm.ledger import Lost
+    from blackbox_vlm.settings import Settings
+    from blackbox_vlm.task import Task
+    from blackbox_vlm.tuning import TuneResult
+
+
+@click.command()
+@click.argument("data", type=PATH)
+@click.option("--budget", type=int, required=True, help="Queries that may be spent.")
+@click.option("--shots", type=int, help="Labelled images per class; all, if left out.")
+@click.option("--out", type=PATH, help="The run's folder.  [default: runs/DATA-METHOD-SEED]")
+@click.option("--dry-run", is_flag=True, help="Print the plan and its exact cost; spend nothing.")
+@method_options
+@lost_option
+@data_options
+@backend_options
+@json_option
+def tune(
+    data: Path,
+    classes: Path | None,
+    out: Path | None,
+    dry_run: bool,
+    on_lost: Lost | None,
+    backend: str,
+    model: str | None,
+    pretrained: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Tune a black box on the images in DATA.
+
+    DATA is a folder with one sub-folder per class (or with train/ and test/ holding them), or a
+    CSV file with the columns path and label.
+    """
+    from blackbox_vlm.settings import Settings, is_endpoint_file
+
+    settings = Settings(
+        data=str(data.absolute()),
+        classes=None if classes is None else str(classes.absolute()),
+        on_lost=on_lost or "stop",
+        backend=str(Path(backend).absolute()) if is_endpoint_file(backend) else backend,
+        model=model and _absolute_if_there(model),
+        pretrained=pretrained and _absolute_if_there(pretrained),
+        **options,
+    )
+    if dry_run:
+        _show_plan(settings, as_json=as_json)
+        return
+    result = _run(settings, out or _default_run(data, settings), resume=False)
+    _show_result(result, as_json=as_json)
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@lost_option
+@json_option
+def resume(run: Path, on_lost: Lost | None, as_json: bool) -> None:
+    """Go on with the interrupted run in RUN; what was settled is not paid again."""
+    from blackbox_vlm.settings import Settings
+
+    settings = Settings.from_run(run)
+    if on_lost is not None:
+        settings = dataclasses.replace(settings, on_lost=on_lost)
+    _show_result(_run(settings, run, resume=True), as_json=as_json)
+
+
+@click.command()
+@click.option("--budget", type=int, default=8000, show_default=True)
+@click.option("--shots", type=int, default=16, show_default=True)
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@json_option
+def demo(budget: int, shots: int, out: Path, seed: int, as_json: bool) -> None:
+    """Tune the embedded model on the embedded images, offline, and evaluate it.
+
+    The images are colour emoji drawings; the model is a small stand-in for CLIP.
+    """
+    from blackbox_vlm import evaluation
+    from blackbox_vlm.adapter import Adapter
+    from blackbox_vlm.demo import demo_folder
+    from blackbox_vlm.run_directory import RunDirectory
+    from blackbox_vlm.settings import Settings
+    from blackbox_vlm.task import Task
+
+    settings = Settings(data=str(demo_folder()), budget=budget, shots=shots, seed=seed)
+    directory = RunDirectory(out)
+    directory.check_free()
+    test = Task.from_folder(demo_folder(), split="test")
+    with settings.opened() as backend:
+        result = _tune(settings, settings.load_task(), backend, out, resume=False)
+        ledger = directory.side_ledger("evaluate", test.fingerprint())
+        with directory.locked():
+            adapter = Adapter.from_pretrained(result.adapter)
+            unseen = evaluation.evaluate(adapter, test, backend, ledger)
+    if as_json:
+        print_json({**dataclasses.asdict(result), "test": dataclasses.asdict(unseen)})
+        return
+    print_table(
+        f"{unseen.n_images} test images that were not seen, strategy {result.strategy}",
+        [
+            ("zero-shot accuracy", percent(unseen.zero_shot_accuracy)),
+            ("tuned accuracy", percent(unseen.accuracy)),
+            ("queries spent", f"{result.queries_spent} of {result.budget}"),
+            ("evaluation", f"{unseen.queries_spent} queries, from a budget of its own"),
+            ("adapter", result.adapter),
+        ],
+    )
+
+
+def _run(settings: Settings, out: Path, *, resume: bool) -> TuneResult:
+    from blackbox_vlm.run_directory import RunDirectory
+
+    if not resume:
+        RunDirectory(out).check_free()  # before the data is read and the model loaded
+    task = settings.load_task()
+    for broken in task.skipped[:20]:
+        say(f"Skipped {broken}")
+    if len(task.skipped) > 20:
+        say(f"... and {len(task.skipped) - 20} more; --strict refuses them")
+    with settings.opened() as backend:
+        return _tune(settings, task, backend, out, resume=resume)
+
+
+def _tune(
+    settings: Settings, task: Task, backend: Backend, out: Path, *, resume: bool
+) -> TuneResult:
+    from blackbox_vlm.progress import Reporter
+    from blackbox_vlm.tuning import tune
+
+    with StopSignals(out) as stop, Reporter(sys.stderr) as reporter:
+        return tune(
+            task,
+            backend,
+            out,
+            settings.options,
+            resume=resume,
+            description=settings.to_description(),
+            on_plan=reporter.plan,
+            on_spent=reporter.spent,
+            on_progress=reporter.progress,
+            should_stop=stop.is_set,
+        )
+
+
+def _show_plan(settings: Settings, *, as_json: bool) -> None:
+    from blackbox_vlm.tuning import dry_run
+
+    task = settings.load_task()
+    with settings.opened() as backend:
+        plan = dry_run(task, backend.capabilities, settings.options)
+    if as_json:
+        steps = [dataclasses.asdict(step) for step in plan.steps]
+        print_json(
+            {"budget": plan.budget, "queries": plan.queries, "usd": plan.usd, "steps": steps}
+        )
+        return
+    rows = [(f"{step.purpose}: {step.why}", f"{step.queries} queries") for step in plan.steps]
+    print_table(
+        f"method {plan.method.value}, budget {plan.budget}",
+        [*rows, ("in all", f"{plan.queries} queries, {usd(plan.usd)}")],
+    )
+
+
+def _show_result(result: TuneResult, *, as_json: bool) -> None:
+    if as_json:
+        print_json(dataclasses.asdict(result))
+        return
+    print_table(
+        f"{result.n_images} training images, strategy {result.strategy}",
+        [
+            ("zero-shot accuracy", percent(result.zero_shot_accuracy)),
+            ("tuned accuracy (out-of-fold)", percent(result.tuned_accuracy)),
+            ("queries spent", f"{result.queries_spent} of {result.budget}"),
+            ("adapter", result.adapter),
+        ],
+    )
+    click.echo(result.reason)
+
+
+def _default_run(data: Path, settings: Settings) -> Path:
+    where = data.absolute()
+    name = where.parent.name if where.name == "train" else where.stem
+    return Path("runs") / f"{name}-{_how(settings)}-{settings.seed}"
+
+
+def _how(settings: Settings) -> str:
+    """A run's middle name: its method, or its endpoint, which has not been asked yet."""
+    if settings.method is not None:
+        return settings.method
+    if settings.backend != "local":
+        return Path(settings.backend).stem
+    return "craft" if settings.access in (None, "soft") else "refine"
+
+
+def _absolute_if_there(name: str) -> str:
+    """A path that exists, made to mean the same from every folder; other names as they are."""
+    return str(Path(name).absolute()) if Path(name).exists() else name

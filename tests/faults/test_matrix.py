@@ -1,0 +1,58 @@
+"""The whole fault matrix: one id per row, F01 to F56.
+
+Rows 1 to 34 are the public ones of `blackbox_vlm.testing`, on our zero-shot protocol; those that
+depend on the form of an answer also on the embeddings protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.register_assert_rewrite("faults.books", "faults.inputs")
+
+from faults import books, inputs  # noqa: E402
+from faults.remote import HostedEmbeddings, HostedZeroShot  # noqa: E402
+
+from blackbox_vlm.testing import BackendConformance, FaultMatrix  # noqa: E402
+from blackbox_vlm.testing.bench import Bench  # noqa: E402
+from blackbox_vlm.testing.faults import ROWS as REMOTE  # noqa: E402
+from blackbox_vlm.testing.faults import Row  # noqa: E402
+
+HERE = books.ROWS | inputs.ROWS
+FORM = ("F25", "F26", "F27", "F30", "F31", "F32", "F34")  # need numbers, places or a model's name
+
+
+class TestZeroShot(HostedZeroShot, FaultMatrix):
+    pass
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_here(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    HERE[name](tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("row", [row for row in REMOTE if row.id in FORM], ids=str)
+def test_embeddings(row: Row, tmp_path: Path) -> None:
+    with Bench(HostedEmbeddings(), tmp_path) as bench:
+        row.check(bench)
+
+
+def test_every_row_is_here_once() -> None:
+    names = [str(row) for row in REMOTE] + list(HERE)
+    assert [name.split()[0] for name in names] == [f"F{number:02}" for number in range(1, 57)]
+
+
+def test_a_remote_backend_gets_the_matrix_with_its_conformance_suite() -> None:
+    class Local(BackendConformance):
+        pass
+
+    class Remote(HostedZeroShot, BackendConformance):
+        pass
+
+    tests: Callable[[type], set[str]] = lambda suite: {  # noqa: E731
+        name for name in dir(suite) if name.startswith("test")
+    }
+    assert tests(Remote) - tests(Local) == {"test_fault"}
