@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from blackbox_vlm.adapter import Adapter, Predictions
     from blackbox_vlm.backend import Backend, Capabilities, open_backend
     from blackbox_vlm.demo import demo_folder
+    from blackbox_vlm.endpoint import open_endpoint
     from blackbox_vlm.errors import BlackboxError
     from blackbox_vlm.evaluation import Evaluation, evaluate
     from blackbox_vlm.images import Image
@@ -38,6 +39,7 @@ _HOMES = {
     "dry_run": "tuning",
     "evaluate": "evaluation",
     "open_backend": "backend",
+    "open_endpoint": "endpoint",
     "tune": "tuning",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "dry_run",
     "evaluate",
     "open_backend",
+    "open_endpoint",
     "tune",
 ]
 

@@ -194,10 +194,20 @@ def _show_result(result: TuneResult, *, as_json: bool) -> None:
             ("zero-shot accuracy", percent(result.zero_shot_accuracy)),
             ("tuned accuracy (out-of-fold)", percent(result.tuned_accuracy)),
             ("queries spent", f"{result.queries_spent} of {result.budget}"),
+            *_bill(result),
             ("adapter", result.adapter),
         ],
     )
     click.echo(result.reason)
+
+
+def _bill(result: TuneResult) -> list[tuple[str, str]]:
+    """What is worth a line only where it is not nothing."""
+    cost = [("cost", usd(result.cost_usd))] if result.cost_usd else []
+    noise = (
+        [("two answers to one question", f"differ by {result.noise:.2g}")] if result.noise else []
+    )
+    return [*cost, *noise]
 
 
 def _default_run(data: Path, settings: Settings) -> Path:

@@ -93,13 +93,13 @@ class Endpoint:
         return "\n\n".join([*parts, *(_table(k, v) for k, v in tables.items())]) + "\n"
 
 
-def open_endpoint(path: Path) -> Backend:
+def open_endpoint(path: str | os.PathLike[str]) -> Backend:
     """Open the endpoint that a file describes. Sends nothing.
 
     Raises:
         InputError: something in the file is not what is wanted; the message names file and key.
     """
-    endpoint = Endpoint.from_file(path)
+    endpoint = Endpoint.from_file(Path(path))
     try:
         return endpoint.open()
     except InputError as error:
