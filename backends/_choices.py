@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,8 @@ from blackbox_vlm.backend import NO_LABEL
 from blackbox_vlm.errors import ContractError
 from blackbox_vlm.images import quote
 
-from ._answers import member, wrong
+from ._mapping import optional
+from .answers import member, wrong
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNLIKELY = -9999.0  # the log-probability that stands for "next to none"
@@ -47,11 +47,6 @@ def as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("<", r"\u003c")
 
 
-def optional(data: object, name: str) -> Any:
-    """A member of a JSON object; None where there is none."""
-    return data.get(name) if isinstance(data, dict) else None
-
-
 # -- a letter's probability --------------------------------------------------------------------
 
 
@@ -61,13 +56,15 @@ def read_tokens(choice: object) -> list[Token]:
     Raises:
         ContractError: no log-probabilities, more than one token, or not the protocol's form.
     """
-    content = optional(optional(choice, "logprobs"), "content")
+    content = optional(choice, "logprobs.content")
     if not content:
         raise ContractError(
             "the answer holds no log-probabilities. Reasoning models have none to give, and some "
             'servers ignore the request for them: set mode = "labels", or ask another model'
         )
-    if not isinstance(content, list) or len(content) != 1:
+    if not isinstance(content, list):
+        raise wrong("the answer's log-probabilities", "a list", type(content).__name__)
+    if len(content) != 1:
         raise ContractError(
             f"wanted an answer of one token, got {len(content)}: the endpoint ignores the limit "
             "that it was sent; name the one that it knows as token_limit"

@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue, model_validator
 
-from blackbox_vlm.errors import ContractError
-
-from ._answers import numbers, wrong
 from ._mapping import get
-from .endpoint import Options, Text
+from .answers import numbers, wrong
+from .options import Options, Text
 
 EACH = "$each"
 BYTES = "$bytes"
@@ -183,20 +181,3 @@ def vector(value: object) -> NDArray[np.float32]:
     if len(data) % 4:
         raise wrong("an embedding", "base64 of float32", f"{len(data)} bytes")
     return np.frombuffer(data, dtype="<f4").astype(np.float32)
-
-
-def tokens(data: object, path: str) -> int | None:
-    """How many tokens are billed; None where the answer does not say.
-
-    Raises:
-        ContractError: it says something else than a count.
-    """
-    try:
-        count = get(data, path) if path else None
-    except ContractError:
-        return None
-    if count is None:
-        return None
-    if type(count) not in (int, float) or count < 0 or count % 1:  # Cohere counts in doubles
-        raise wrong(f"the answer's {path}", "a count", repr(count))
-    return int(count)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from blackbox_vlm.errors import InputError
+from blackbox_vlm.errors import ContractError, InputError
 
-from ._answers import member, wrong
+from .answers import member, wrong
 
 
 def put(body: dict[str, Any], path: str, value: object) -> None:
@@ -41,6 +41,14 @@ def get(data: object, path: str) -> Any:
     if not isinstance(data, list):
         raise wrong("the answer", f"a list for {path!r}", type(data).__name__)
     return [get(element, rest) for element in data]
+
+
+def optional(data: object, path: str) -> Any:
+    """As `get`; None where there is no such place."""
+    try:
+        return get(data, path)
+    except ContractError:
+        return None
 
 
 def _enter(here: Any, name: str, fresh: object, path: str) -> Any:

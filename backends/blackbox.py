@@ -9,7 +9,6 @@ its `/openapi.json` describes it.
 from __future__ import annotations
 
 import base64
-import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,19 +25,13 @@ from blackbox_vlm.backend import (
     ScoreKind,
     TextEmbeddings,
     TextScores,
-    query_key,
 )
 
-from ._answers import member, numbers, wrong
-from .endpoint import (
-    Call,
-    EndpointOptions,
-    HttpBackend,
-    Reading,
-    SoftOptions,
-    Text,
-)
-from .transport import MAX_BODY, Reply
+from ._mapping import optional
+from .answers import billed, member, numbers, wrong
+from .endpoint import Call, HttpBackend, Reading
+from .options import EndpointOptions, SoftOptions, Text
+from .transport import Reply
 
 ROOT = "/blackbox/v1"
 PATHS: dict[type[Request], str] = {
@@ -48,8 +41,6 @@ PATHS: dict[type[Request], str] = {
     TextEmbeddings: "/text-embeddings",
     Labels: "/labels",
 }
-MAX_DIM = 8192  # of an embedding; only bounds how many bytes of an answer are read
-BYTES_PER_NUMBER = 32  # as JSON text, at most
 
 
 class BlackboxOptions(SoftOptions):
@@ -77,24 +68,19 @@ class Blackbox(HttpBackend):
 
     def encode(self, request: Request) -> Call:
         """Images in base64, texts as they are, an offset in base64 of little-endian float32."""
-        body = {"id": self._id(request), "model": self.options.model, **self._content(request)}
-        count = math.prod(MAX_DIM if length is None else length for length in request.answer_shape)
-        most = MAX_BODY + BYTES_PER_NUMBER * count
-        return Call(body, ROOT + PATHS[type(request)], most=most)
+        named = {"id": self.query_key(request), "model": self.options.model}
+        body = {**named, **self._content(request)}
+        return Call(body, ROOT + PATHS[type(request)])
 
     def decode(self, reply: Reply, request: Request) -> Reading:
         """The values, what they cost, and which model gave them."""
-        if member(reply.data, "id", str) != self._id(request):
+        if member(reply.data, "id", str) != self.query_key(request):
             raise wrong("the answer's id", "the one that was sent", "another")
-        usage = member(reply.data, "usage", dict)
-        usd = float(member(usage, "usd", (int, float)))
-        if usd < 0:
-            raise wrong("the answer's usage.usd", "0 or more", f"{usd}")
+        usd = billed(optional(reply.data, "usage.usd"))
+        if usd is None:
+            raise wrong("the answer's usage.usd", "an amount of 0 or more", "something else")
         values = member(reply.data, "values", list)
         return Reading(_read(values, request), member(reply.data, "model", str), cost=usd)
-
-    def _id(self, request: Request) -> str:
-        return query_key(request, self.capabilities.identity)
 
     def _content(self, request: Request) -> dict[str, Any]:
         content: dict[str, Any] = {}

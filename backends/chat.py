@@ -28,20 +28,22 @@ import numpy as np
 from pydantic import ConfigDict, Field, JsonValue, field_validator
 
 from blackbox_vlm.backend import Access, Array, Capabilities, Labels, ScoreKind
-from blackbox_vlm.errors import InputError
+from blackbox_vlm.errors import ContractError, InputError
+from blackbox_vlm.images import quote
 
-from ._answers import member, wrong
 from ._choices import (
     LETTERS,
     as_json,
     letter_shares,
     lettered,
-    optional,
     read_label,
     read_tokens,
     token_id_shares,
 )
-from .endpoint import Call, Count, EndpointOptions, HttpBackend, Reading, Text
+from ._mapping import optional
+from .answers import member, wrong
+from .endpoint import Call, HttpBackend, Reading
+from .options import Count, EndpointOptions, Text
 from .transport import Reply
 
 LETTER_INSTRUCTION = """\
@@ -144,15 +146,15 @@ class Chat(HttpBackend):
 
     def decode(self, reply: Reply, request: Any) -> Reading:
         """A row of probabilities over the letters, or one label."""
+        _check_failure(reply.data)
         choices = member(reply.data, "choices", list)
         if len(choices) != 1:
             raise wrong("the answer's 'choices'", "one", str(len(choices)))
-        usage = optional(reply.data, "usage")
         return Reading(
             self._values(choices[0], request),
             model_id=_model(reply.data),
-            tokens=_told(optional(usage, "total_tokens"), int),
-            cost=_told(optional(usage, "cost"), int, float),
+            tokens=optional(reply.data, "usage.total_tokens"),
+            cost=optional(reply.data, "usage.cost"),
         )
 
     def _values(self, choice: object, request: Any) -> Array:
@@ -210,10 +212,16 @@ class Chat(HttpBackend):
             raise InputError(f"body holds {taken[0]!r}, which other options decide; remove it")
 
 
+def _check_failure(data: object) -> None:
+    """Gateways send status 200 before they know; OpenRouter documents both forms of a failure."""
+    error = optional(data, "error") or optional(data, "choices.0.error")
+    if error or optional(data, "choices.0.finish_reason") == "error":
+        code = optional(error, "code") or "none given"
+        raise ContractError(
+            f"the model failed while it answered, code {quote(code)}; the request stays charged. "
+            "The provider's log says why"
+        )
+
+
 def _model(data: object) -> str | None:
     return None if optional(data, "model") is None else str(member(data, "model", str))
-
-
-def _told(amount: Any, *kinds: type) -> Any:
-    """A number that the owner bills, or None: then what was reserved stays charged."""
-    return amount if type(amount) in kinds and 0 <= amount < 1e9 else None

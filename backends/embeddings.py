@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,12 @@ from blackbox_vlm.backend import Access, Capabilities, ImageEmbeddings, Request,
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
 
-from ._answers import wrong
-from ._dialects import BYTES, Dialect, Item, Shape, fill, find, named, tokens, vector
-from ._mapping import get
-from .endpoint import Call, Count, EndpointOptions, HttpBackend, Reading
+from ._dialects import BYTES, Dialect, Item, Shape, fill, find, named, vector
+from ._mapping import get, optional
+from .answers import wrong
+from .endpoint import Call, HttpBackend, Reading
+from .options import Count, EndpointOptions, Scale
 from .transport import Reply
-
-MOST_PER_ANSWER = 64 * 2**10  # bytes, beside the vectors
-MOST_PER_ITEM = 128 * 2**10  # bytes: 4,096 numbers of 32 characters
 
 
 class EmbeddingsOptions(EndpointOptions):
@@ -47,7 +45,7 @@ class EmbeddingsOptions(EndpointOptions):
     )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None
-    logit_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    logit_scale: Scale = 100.0
 
 
 class Embeddings(HttpBackend):
@@ -57,13 +55,14 @@ class Embeddings(HttpBackend):
         InputError: also where the dialect cannot say what an option asks for.
     """
 
-    Options = EmbeddingsOptions
+    Options: ClassVar[type[EndpointOptions]] = EmbeddingsOptions
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._width: int | None = self.options.dimensions
 
     def declare(self) -> Capabilities:
+        """Embeddings, within the limits of the dialect."""
         dialect = self.options.dialect
         for name in ("encoding_format", "dimensions"):
             if name in self.options.model_fields_set and f"${name}" not in dialect.markers:
@@ -77,6 +76,7 @@ class Embeddings(HttpBackend):
         )
 
     def encode(self, request: Request) -> Call:
+        """The dialect's body for the images or texts."""
         shape, items = self._shape(request), self._items(request)
         options = {
             "$model": self.options.model,
@@ -84,17 +84,17 @@ class Embeddings(HttpBackend):
             "$dimensions": self.options.dimensions,
         }
         raw = {"content-type": "application/octet-stream"} if shape.body == BYTES else {}
-        most = MOST_PER_ANSWER + len(items) * MOST_PER_ITEM
-        return Call(fill(shape.body, options, items), shape.path, raw, most)
+        return Call(fill(shape.body, options, items), shape.path, raw)
 
     def decode(self, reply: Reply, request: Request) -> Reading:
+        """Vectors in the order of what was asked, of one width from the first answer on."""
         shape, data = self._shape(request), reply.data
         count = request.n_images + request.n_texts
         values = _matrix(find(data, shape.vectors), count)
         if shape.index:
             values = values[np.argsort(_places(find(data, shape.index), count))]
         self._check_width(values.shape[1])
-        return Reading(values, _model(data, shape.model), tokens(data, shape.tokens))
+        return Reading(values, _model(data, shape.model), optional(data, shape.tokens))
 
     def _limit(self, name: str, shape: Shape) -> int | None:
         """What one request may carry: as the endpoint's file says, else as the dialect does."""

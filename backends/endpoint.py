@@ -1,4 +1,4 @@
-"""What the HTTP protocols share: the declaration of an endpoint, and one request as one POST.
+"""What the HTTP protocols share: one request is one POST, and its answer is read with suspicion.
 
 A protocol is a subclass of `HttpBackend` in a file of its own: `declare` says what it gives,
 `encode` writes a request, `decode` reads an answer. It never sees a socket, a key or a budget.
@@ -6,152 +6,31 @@ A protocol is a subclass of `HttpBackend` in a file of its own: `declare` says w
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, ClassVar
 
 from blackbox_vlm.backend import (
-    Access,
     Answer,
     Array,
     Capabilities,
     Outcome,
     Price,
     Request,
-    ScoreKind,
-    SoftPrompts,
     query_key,
 )
-from blackbox_vlm.errors import BackendError, InputError
+from blackbox_vlm.errors import BackendError
 from blackbox_vlm.secret import Secret
 
-from ._answers import wrong
 from ._images import Uploads
+from .answers import billed
+from .options import EndpointOptions, ScoringOptions, read_options
 from .transport import MAX_BODY, Reply, Transport
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-MAX_CONCURRENCY = 256
-MOST_BILLED = 1e9  # tokens or USD of one answer
-
-
-class Options(BaseModel):
-    """Base of everything that an endpoint file may hold: unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class PriceOptions(Options):
-    """See `blackbox_vlm.backend.Price`."""
-
-    per_request: Usd = 0.0
-    per_image: Usd = 0.0
-    per_text: Usd = 0.0
-    per_million_tokens: Usd = 0.0
-    most_tokens: Annotated[int, Field(ge=0)] = 0
-
-
-class EndpointOptions(Options):
-    """The keys that every protocol takes.
-
-    Attributes:
-        url: of the endpoint; http only on this machine.
-        model: what is asked for.
-        answered_model: what the answers call it, where that differs.
-        key_env, key_file: where the key is; at most one of them.
-        key_header, key_prefix: how it is sent.
-        headers: sent with every request; no secrets, this is printed.
-        timeout: seconds for one request in all.
-        concurrency: requests in flight, at most.
-        images_per_request, texts_per_request: what one request may carry; 0 for no limit.
-        max_image_side: pixels; larger pictures are reduced before they are uploaded.
-        busy: statuses that mean "not now", with nothing done and nothing billed but as refusals.
-        refusals_free: whether a complete 4xx answer, and the statuses in `busy`, are not billed.
-        idempotency_header: the header under which the endpoint takes a key and does, and bills,
-            a request sent again under it once.
-        deterministic: whether the same question gets the same answer.
-        price: what is billed; left out, it is unknown.
-    """
-
-    url: Text
-    model: Text
-    answered_model: Text | None = None
-    key_env: Text | None = None
-    key_file: Path | None = None
-    key_header: Text = "Authorization"
-    key_prefix: str = "Bearer "
-    headers: dict[str, str] = Field(default_factory=dict)
-    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    concurrency: Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)] = 1
-    images_per_request: Annotated[int, Field(ge=0)] = 1
-    texts_per_request: Annotated[int, Field(ge=0)] = 0
-    max_image_side: Count | None = None
-    busy: frozenset[Annotated[int, Field(ge=400, le=599)]] = frozenset({429})
-    refusals_free: bool = False
-    idempotency_header: Text | None = None
-    deterministic: bool = False
-    http2: bool = False
-    ca_file: Path | None = None
-    use_env_proxy: bool = False
-    price: PriceOptions | None = None
-
-    def key(self) -> Secret | None:
-        """The key, read now. Raises InputError: both places are named, or it cannot be had."""
-        if self.key_env is not None and self.key_file is not None:
-            raise InputError("got key_env and key_file; wanted one of them")
-        if self.key_env is not None:
-            return Secret.from_env(self.key_env)
-        return None if self.key_file is None else Secret.from_file(self.key_file.expanduser())
-
-
-class ScoringOptions(EndpointOptions):
-    """The keys of a protocol that returns scores; see `blackbox_vlm.backend.Capabilities`."""
-
-    score_kind: ScoreKind = ScoreKind.SOFTMAX
-    logit_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
-    decimals: Annotated[int, Field(ge=0, le=12)] | None = None
-    top_k: Count | None = None
-
-
-class SoftOptions(ScoringOptions):
-    """The keys of a protocol that takes soft prompts.
-
-    Attributes:
-        access: what the endpoint gives; left out, it is soft where soft prompts are declared, and
-            scores elsewhere.
-        context_tokens, width, token_std: all three or none; see
-            `blackbox_vlm.backend.SoftPrompts`.
-    """
-
-    access: Access | None = None
-    context_tokens: Count | None = None
-    width: Count | None = None
-    token_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-
-    def soft_access(self) -> tuple[Access, SoftPrompts | None]:
-        """The access level, and what the soft prompts are.
-
-        Raises:
-            InputError: soft prompts are declared in part, or beside another access level.
-        """
-        shape = (self.context_tokens, self.width, self.token_std)
-        if None in shape and shape != (None, None, None):
-            raise InputError(
-                f"got context_tokens, width and token_std {shape}; wanted all three or none"
-            )
-        soft = None if None in shape else SoftPrompts(*shape)  # type: ignore[arg-type]
-        access = self.access or (Access.SOFT if soft else Access.SCORES)
-        if (access is Access.SOFT) != (soft is not None):
-            raise InputError(
-                f"got access {access.value!r} and {soft or 'no soft prompts'}; wanted access "
-                "'soft' with context_tokens, width and token_std, or another access without them"
-            )
-        return access, soft
+MAX_DIM = 4096  # of an embedding; only bounds how many bytes of an answer are read
+BYTES_PER_NUMBER = 32  # as JSON text, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +41,13 @@ class Call:
         body: JSON values; or bytes, with their content type among the headers.
         path: appended to the endpoint's URL.
         headers: of this request.
-        most: bytes that its answer may have.
+        beside: bytes that its answer may have beside its numbers.
     """
 
     body: Any
     path: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    most: int = MAX_BODY
+    beside: int = MAX_BODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +57,14 @@ class Reading:
     Attributes:
         values: in the request's `answer_shape`.
         model_id: which model spoke; None where the protocol does not say.
-        tokens: that the owner bills, where the answer reports them.
-        cost: USD, where the answer reports it.
+        tokens, cost: that the owner bills (cost in USD), as the answer reports them. What is no
+            amount counts as not reported: then what was reserved stays charged.
     """
 
     values: Array
     model_id: str | None = None
-    tokens: int | None = None
-    cost: float | None = None
+    tokens: object = None
+    cost: object = None
 
 
 class HttpBackend(ABC):
@@ -227,42 +106,41 @@ class HttpBackend(ABC):
     async def answer(self, requests: Sequence[Request]) -> list[Outcome]:
         """Post each request once. See `blackbox_vlm.backend.Backend.answer`."""
         for request in requests:
-            check_limits(request, self.capabilities)
-        return [await self._outcome(request) for request in requests]
+            self.capabilities.check(request)
+        calls = [self.encode(request) for request in requests]  # nothing leaves if one is refused
+        pairs = zip(calls, requests, strict=True)
+        return [await self._outcome(call, request) for call, request in pairs]
 
     async def aclose(self) -> None:
         """Close the connections; the next request opens new ones."""
         await self.transport.aclose()
 
-    async def _outcome(self, request: Request) -> Outcome:
+    def query_key(self, request: Request) -> str:
+        """What tells a request from every other one: the same when it is sent again."""
+        return query_key(request, self.capabilities.identity)
+
+    async def _outcome(self, call: Call, request: Request) -> Outcome:
         try:
-            return await self._answer(request)
+            return await self._answer(call, request)
         except BackendError as error:
             return error
 
-    async def _answer(self, request: Request) -> Answer:
-        call = self.encode(request)
-        headers = {**call.headers, **self._idempotency(request)}
-        reply = await self.transport.post(
-            call.body, path=call.path, headers=headers, most=call.most
-        )
+    async def _answer(self, call: Call, request: Request) -> Answer:
+        header = self.options.idempotency_header
+        headers = {**call.headers, header: self.query_key(request)} if header else call.headers
+        most = call.beside + _bytes_of_numbers(request)
+        reply = await self.transport.post(call.body, path=call.path, headers=headers, most=most)
         if self.observer is not None:
             self.observer(reply)
         reading = self.decode(reply, request)
         model = self.capabilities.model_id if reading.model_id is None else reading.model_id
         return Answer(reading.values, model, self._cost(request, reading), reply.quota)
 
-    def _idempotency(self, request: Request) -> dict[str, str]:
-        header = self.options.idempotency_header
-        return {header: query_key(request, self.capabilities.identity)} if header else {}
-
     def _cost(self, request: Request, reading: Reading) -> float | None:
-        for what, said in (("tokens", reading.tokens), ("cost", reading.cost)):
-            if said is not None and not 0 <= said <= MOST_BILLED:  # less than nothing would refund
-                raise wrong(f"the answer's {what}", f"0 to {MOST_BILLED:g}", "another number")
-        if reading.cost is not None or self.capabilities.price is None:
-            return reading.cost
-        return self.capabilities.price.of(request, reading.tokens)
+        cost, price = billed(reading.cost), self.capabilities.price
+        if cost is not None or price is None:
+            return cost
+        return price.of(request, billed(reading.tokens))
 
     def declared(self, **more: Any) -> Capabilities:
         """The capabilities that follow from the options that every protocol takes.
@@ -292,45 +170,9 @@ class HttpBackend(ABC):
         return Capabilities(**(given | more))
 
 
-def read_options(kind: type[EndpointOptions], options: Mapping[str, Any]) -> EndpointOptions:
-    """Check options against a protocol's.
-
-    Raises:
-        InputError: names the first option that is wrong, what was got and what was wanted.
-    """
-    try:
-        return kind.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-    name = ".".join(map(str, first["loc"])) or "the declaration"
-    if first["type"] == "missing":
-        raise InputError(f"the endpoint's declaration lacks {name}; add it")
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(kind.model_fields)
-        raise InputError(f"unknown option {name}; this protocol takes {known}")
-    raise InputError(f"{name} is {repr(first['input'])[:200]}: {first['msg']}; correct it")
-
-
-def check_limits(request: Request, capabilities: Capabilities) -> None:
-    """Refuse a request that the endpoint does not take, before anything is sent.
-
-    Raises:
-        InputError: another access level, nothing to answer, or more images or texts than one
-            request may carry.
-    """
-    if not capabilities.takes(request):
-        raise InputError(
-            f"{type(request).__name__} needs {request.access.value!r} access; this endpoint gives "
-            f"{capabilities.access.value!r}"
-        )
-    if 0 in request.answer_shape:
-        raise InputError(f"{type(request).__name__} of nothing; give images and texts")
-    for count, limit, what in (
-        (request.n_images, capabilities.images_per_request, "images"),
-        (request.n_texts, capabilities.texts_per_request, "texts"),
-    ):
-        if limit is not None and count > limit:
-            raise InputError(f"{count} {what} in one request; this endpoint takes {limit}")
+def _bytes_of_numbers(request: Request) -> int:
+    lengths = (MAX_DIM if length is None else length for length in request.answer_shape)
+    return BYTES_PER_NUMBER * math.prod(lengths)
 
 
 def _transport(options: EndpointOptions, inner: Any) -> Transport:

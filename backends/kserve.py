@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from typing import Any, ClassVar, Literal
-from urllib.parse import quote
+from urllib.parse import quote as escaped
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,25 +24,16 @@ from blackbox_vlm.backend import (
     ScoreKind,
     TextEmbeddings,
     TextScores,
-    query_key,
 )
 from blackbox_vlm.errors import ContractError, InputError, ModelChanged
+from blackbox_vlm.images import quote
 
-from ._answers import member, numbers, wrong
-from .endpoint import (
-    Call,
-    EndpointOptions,
-    HttpBackend,
-    Reading,
-    SoftOptions,
-    Text,
-)
-from .transport import MAX_BODY, Reply
+from .answers import member, numbers, wrong
+from .endpoint import Call, HttpBackend, Reading
+from .options import EndpointOptions, SoftOptions, Text
+from .transport import Reply
 
 FLOATS = ("FP16", "FP32", "FP64")
-MAX_DIM = 8192  # of an embedding; only bounds how many bytes of an answer are read
-BYTES_PER_NUMBER = 32  # as JSON text, at most
-
 _TENSORS = (
     "image_input",
     "text_input",
@@ -102,13 +93,13 @@ class KServe(HttpBackend):
     def encode(self, request: Request) -> Call:
         """Raises InputError: an offset of another shape than declared."""
         body = {
-            "id": self._id(request),
+            "id": self.query_key(request),
             "inputs": self._inputs(request),
             "outputs": [{"name": self._output(request)}],
         }
-        version = f"/versions/{quote(self.options.version, '')}" if self.options.version else ""
-        path = f"/v2/models/{quote(self.options.model, '')}{version}/infer"
-        return Call(body, path, most=_most(request))
+        version = f"/versions/{escaped(self.options.version, '')}" if self.options.version else ""
+        path = f"/v2/models/{escaped(self.options.model, '')}{version}/infer"
+        return Call(body, path)
 
     def decode(self, reply: Reply, request: Request) -> Reading:
         """The tensor that was asked for, from the model that was asked."""
@@ -154,11 +145,9 @@ class KServe(HttpBackend):
             return str(self.options.text_output)
         return str(self.options.output)
 
-    def _id(self, request: Request) -> str:
-        return query_key(request, self.capabilities.identity)
-
     def _check_id(self, data: dict[str, object], request: Request) -> None:
-        if data.get("id") not in (None, "", self._id(request)):  # Triton leaves out, others echo
+        own = self.query_key(request)
+        if data.get("id") not in (None, "", own):  # Triton leaves it out, others echo it
             raise ContractError(
                 "the answer's id is that of another request; the endpoint, or what is between, "
                 "mixes answers up. Ask for fewer at a time (concurrency = 1)"
@@ -171,7 +160,7 @@ class KServe(HttpBackend):
         self._version = self._version or said
         if said != self._version:
             raise ModelChanged(
-                f"version {said!r} of the model answered, {self._version!r} was asked for or "
+                f"version {quote(said)} of the model answered, {self._version!r} was asked for or "
                 "answered before; their scores are not comparable. Declare the version",
                 final=True,
             )
@@ -194,7 +183,7 @@ def _array(output: object, shape: tuple[int | None, ...]) -> NDArray[np.float32]
     """A floating-point tensor: flat in row-major order or, as the protocol allows, nested."""
     datatype = member(output, "datatype", str)
     if datatype not in FLOATS:
-        raise wrong("the output's datatype", f"one of {', '.join(FLOATS)}", datatype)
+        raise wrong("the output's datatype", f"one of {', '.join(FLOATS)}", repr(datatype))
     said = tuple(member(output, "shape", list))
     fits = len(said) == len(shape) and all(
         type(length) is int and length > 0 and wanted in (None, length)
@@ -206,8 +195,3 @@ def _array(output: object, shape: tuple[int | None, ...]) -> NDArray[np.float32]
     nested = bool(data) and isinstance(data[0], list)
     flat = said if nested else (math.prod(said),)
     return numbers(data, flat, "the output's data").reshape(said)
-
-
-def _most(request: Request) -> int:
-    count = math.prod(MAX_DIM if length is None else length for length in request.answer_shape)
-    return max(MAX_BODY, BYTES_PER_NUMBER * count)

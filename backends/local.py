@@ -185,23 +185,6 @@ def _answerer(
     def cosines(request: TextScores | PromptScores | Labels, vectors: Floats) -> Floats:
         return np.asarray(features.of(request.images) @ vectors.T, dtype=np.float32)
 
-    def soft_vectors(requests: Sequence[Request]) -> dict[int, Floats]:
-        """The class vectors of every soft prompt in the batch, encoded together where possible."""
-        groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-        for index, request in enumerate(requests):
-            if isinstance(request, PromptScores):
-                groups.setdefault((request.template, request.class_names), []).append(index)
-        vectors: dict[int, Floats] = {}
-        for (template, class_names), members in groups.items():
-            offsets = {i: requests[i].offset for i in members}  # type: ignore[union-attr]
-            different = {offset.tobytes(): offset for offset in offsets.values()}
-            encoded = encoder.encode_prompts(
-                template, class_names, np.stack(list(different.values()))
-            )
-            by_offset = dict(zip(different, encoded, strict=True))
-            vectors.update((i, by_offset[offset.tobytes()]) for i, offset in offsets.items())
-        return vectors
-
     def values(request: Request, vectors: Floats | None) -> Array:
         if isinstance(request, ImageEmbeddings):
             return features.of(request.images)
@@ -209,7 +192,7 @@ def _answerer(
             return encode_texts(request.texts)
         if isinstance(request, TextScores | Labels):
             vectors = encode_texts(request.texts)
-        assert vectors is not None  # soft_vectors has one for every PromptScores
+        assert vectors is not None  # _soft_vectors has one for every PromptScores
         logits = cosines(request, vectors) * encoder.logit_scale + (encoder.logit_bias or 0.0)
         if noise:
             logits = logits + noise * _request_noise(request, capabilities.model_id, logits.shape)
@@ -219,14 +202,30 @@ def _answerer(
 
     def answer(requests: Sequence[Request]) -> list[Answer]:
         for request in requests:
-            _check_limits(request, capabilities)
-        vectors = soft_vectors(requests)
+            capabilities.check(request)
+        vectors = _soft_vectors(encoder, requests)
         return [
             Answer(values(request, vectors.get(index)), capabilities.model_id)
             for index, request in enumerate(requests)
         ]
 
     return answer
+
+
+def _soft_vectors(encoder: DualEncoder, requests: Sequence[Request]) -> dict[int, Floats]:
+    """The class vectors of every soft prompt in the batch, encoded together where possible."""
+    groups: dict[tuple[str, tuple[str, ...]], dict[int, Floats]] = {}
+    for index, request in enumerate(requests):
+        if isinstance(request, PromptScores):
+            members = groups.setdefault((request.template, request.class_names), {})
+            members[index] = request.offset
+    vectors: dict[int, Floats] = {}
+    for (template, class_names), offsets in groups.items():
+        different = {offset.tobytes(): offset for offset in offsets.values()}
+        encoded = encoder.encode_prompts(template, class_names, np.stack(list(different.values())))
+        by_offset = dict(zip(different, encoded, strict=True))
+        vectors.update((i, by_offset[offset.tobytes()]) for i, offset in offsets.items())
+    return vectors
 
 
 def _text_checker(encoder: DualEncoder, access: Access) -> Callable[[str, tuple[str, ...]], None]:
@@ -289,17 +288,3 @@ def _of_kind(logits: Floats, capabilities: Capabilities) -> Array:
 def _request_noise(request: Request, model_id: str, shape: tuple[int, ...]) -> Floats:
     seed = int(query_key(request, model_id)[:16], 16)
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-def _check_limits(request: Request, capabilities: Capabilities) -> None:
-    if not capabilities.takes(request):
-        raise InputError(
-            f"{type(request).__name__} needs {request.access.value!r} access; this black box gives "
-            f"{capabilities.access.value!r}"
-        )
-    for count, limit, what in (
-        (request.n_images, capabilities.images_per_request, "images"),
-        (request.n_texts, capabilities.texts_per_request, "texts"),
-    ):
-        if limit is not None and count > limit:
-            raise InputError(f"{count} {what} in one request; this black box takes {limit}")

@@ -10,9 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from blackbox_vlm.backend import Access, Capabilities, ScoreKind
 
-from ._answers import member, numbers, wrong
-from .endpoint import Call, EndpointOptions, HttpBackend, Reading, ScoringOptions
-from .transport import Reply
+from ._mapping import optional
+from .answers import member, numbers, wrong
+from .endpoint import Call, HttpBackend, Reading
+from .options import EndpointOptions, ScoringOptions
+from .transport import MAX_BODY, Reply
+
+ROW_BYTES = 96  # of vLLM's answer for each text, beside the score itself
 
 
 class ScoreOptions(ScoringOptions):
@@ -44,16 +48,18 @@ class Score(HttpBackend):
         part = {"type": "image_url", "image_url": {"url": self.uploads.data_uri(image)}}
         queries = {"content": [part]}
         documents = list(request.texts)
-        return Call({"model": self.options.model, "queries": queries, "documents": documents})
+        body = {"model": self.options.model, "queries": queries, "documents": documents}
+        return Call(body, beside=MAX_BODY + ROW_BYTES * len(documents))
 
     def decode(self, reply: Reply, request: Any) -> Reading:
         """Scores in the order of the texts, with the model and the tokens where they are told."""
         if self.options.dialect == "roboflow":
-            scores, model, tokens = member(reply.data, "similarity"), None, None
+            scores, model = member(reply.data, "similarity"), None
         else:
             scores = _by_index(member(reply.data, "data", list), request.n_texts)
-            model, tokens = member(reply.data, "model", str), _tokens(reply.data)
-        return Reading(numbers([scores], request.answer_shape, "the scores"), model, tokens)
+            model = member(reply.data, "model", str)
+        values = numbers([scores], request.answer_shape, "the scores")
+        return Reading(values, model, tokens=optional(reply.data, "usage.total_tokens"))
 
     def _compare(self, image: str, texts: tuple[str, ...]) -> dict[str, Any]:
         return {
@@ -72,8 +78,3 @@ def _by_index(rows: list[object], count: int) -> list[object]:
         got = f"{len(rows)} rows, indices {sorted(scores)}"
         raise wrong("the answer's 'data'", f"an index from 0 to {count - 1}, each once", got)
     return [scores[index] for index in range(count)]
-
-
-def _tokens(data: dict[str, object]) -> int | None:
-    usage = data.get("usage")
-    return None if usage is None else int(member(usage, "total_tokens", int))

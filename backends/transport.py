@@ -108,13 +108,14 @@ class Transport:
         self._timeout = timeout
         self._busy = busy
         self._inner = inner
+        self._connections = connections
         self._options: dict[str, Any] = {
             "http2": http2,
             "verify": trusted(ca_file),
             "trust_env": use_env_proxy,
             "transport": inner,
             "follow_redirects": False,
-            "limits": httpx.Limits(max_connections=connections, max_keepalive_connections=None),
+            "limits": httpx.Limits(max_connections=connections),
             "timeout": httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout / 3)),
         }
         if http2:
@@ -196,8 +197,7 @@ class Transport:
         """Send and receive; every failure becomes a value, so that no traceback holds a key."""
         progress = Progress(headers_done=self._inner is not None, begun=self._inner is not None)
         try:
-            async with asyncio.timeout(self._timeout):
-                client = await self._client()
+            async with asyncio.timeout(self._timeout), self._session().client() as client:
                 request = client.build_request(
                     method,
                     self._url(path),
@@ -243,13 +243,14 @@ class Transport:
             "whether it is up, then resume"
         )
 
-    async def _client(self) -> httpx.AsyncClient:
-        """The client of the running event loop, with its connections."""
+    def _session(self) -> Session:
+        """The running event loop's."""
         loop = asyncio.get_running_loop()
         session = self._sessions.get(loop)
         if session is None:
-            session = self._sessions[loop] = Session(self._options)
-        return await session.client()
+            session = Session(self._options, self._connections, shared=self._options["http2"])
+            self._sessions[loop] = session
+        return session
 
     def _url(self, path: str) -> str:
         return f"{self._origin}{self._path}{path}{self._query}"

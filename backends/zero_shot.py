@@ -19,9 +19,10 @@ from pydantic import ConfigDict, Field, JsonValue
 from blackbox_vlm.backend import Access, Capabilities, ScoreKind
 from blackbox_vlm.errors import InputError
 
-from ._answers import numbers, wrong
 from ._mapping import get, put
-from .endpoint import Call, EndpointOptions, HttpBackend, Options, Reading, ScoringOptions, Text
+from .answers import numbers, wrong
+from .endpoint import Call, HttpBackend, Reading
+from .options import EndpointOptions, Options, ScoringOptions, Text
 from .transport import MAX_BODY, Reply
 
 
@@ -92,7 +93,8 @@ class ZeroShot(HttpBackend):
         [image] = request.images
         data_uri = self.options.request.image_form == "data_uri"
         upload = self.uploads.data_uri(image) if data_uri else self.uploads.base64(image)
-        return Call(self._body(upload, request.texts), most=_most(request.texts))
+        beside = MAX_BODY + _bytes_of_labels(request.texts)
+        return Call(self._body(upload, request.texts), beside=beside)
 
     def decode(self, reply: Reply, request: Any) -> Reading:
         """Scores in the order of the texts, NaN for those that top-k left out."""
@@ -147,6 +149,6 @@ def _by_name(labels: object, scores: object, texts: tuple[str, ...]) -> dict[str
     return found
 
 
-def _most(texts: tuple[str, ...]) -> int:
-    """Bytes of an answer: the labels come back, each character escaped at worst."""
-    return MAX_BODY + sum(12 * len(text) + 64 for text in texts)
+def _bytes_of_labels(texts: tuple[str, ...]) -> int:
+    """They come back, each character escaped at worst."""
+    return sum(12 * len(text) + 64 for text in texts)

@@ -54,7 +54,7 @@ class Price:
     per_million_tokens: float = 0.0
     most_tokens: int = 0  # of one request; the tokens that the answer reports replace them
 
-    def of(self, request: Request, tokens: int | None = None) -> float:
+    def of(self, request: Request, tokens: float | None = None) -> float:
         """The price of one request (USD), at most, or exactly once its tokens are known."""
         counted = self.per_image * request.n_images + self.per_text * request.n_texts
         billed = self.most_tokens if tokens is None else tokens
@@ -113,6 +113,26 @@ class Capabilities:
         """Whether the access level covers this kind of request."""
         soft = self.access is Access.SOFT and request.access is Access.SCORES
         return soft or self.access is request.access
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that the endpoint does not take, before anything is sent.
+
+        Raises:
+            InputError: another access level, nothing to answer, or more images or texts than one
+                request may carry.
+        """
+        kind = type(request).__name__
+        if not self.takes(request):
+            needed, given = request.access.value, self.access.value
+            raise InputError(f"{kind} needs {needed!r} access; this endpoint gives {given!r}")
+        if 0 in request.answer_shape:
+            raise InputError(f"{kind} of nothing; give images and texts")
+        for count, limit, what in (
+            (request.n_images, self.images_per_request, "images"),
+            (request.n_texts, self.texts_per_request, "texts"),
+        ):
+            if limit is not None and count > limit:
+                raise InputError(f"{count} {what} in one request; this endpoint takes {limit}")
 
 
 class _OfImages:

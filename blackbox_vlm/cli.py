@@ -22,16 +22,22 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except BlackboxError as error:
-            say(f"Error: {error}")
+            _tell(f"Error: {error}", error)
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # whoever read our output has enough; click ends quietly
             raise
         except OSError as error:
             say(f"Error: {error.filename}: {error.strerror}; choose another path")
             ctx.exit(StorageError.exit_code)
-        except KeyboardInterrupt:
-            say("Stopped at once; what was settled is kept.")
+        except KeyboardInterrupt as error:
+            _tell("Stopped at once; what was settled is kept.", error)
             ctx.exit(130)
+
+
+def _tell(line: str, error: BaseException) -> None:
+    """What happened, and then what was noted on the way up: how to go on."""
+    for text in (line, *getattr(error, "__notes__", ())):
+        say(text)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

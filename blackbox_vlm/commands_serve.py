@@ -102,8 +102,9 @@ def serve_blackbox(show_protocol: str, port: int, **options: Any) -> None:
         _show(show_protocol, shown, options["token_env"])
         say(f"Serving {backend.capabilities.model_id} at {url}; Ctrl-C stops it.")
         stopped_by = server.serve(backend, settings, listening)
+    say("Stopped.")
     if stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
+        click.get_current_context().exit(130)
 
 
 def _installed() -> Any:

@@ -17,7 +17,15 @@ from blackbox_vlm.cli_options import (
     lost_option,
     method_options,
 )
-from blackbox_vlm.console import StopSignals, percent, print_json, print_table, say, usd
+from blackbox_vlm.console import (
+    StopSignals,
+    percent,
+    print_json,
+    print_table,
+    queries,
+    say,
+    usd,
+)
 
 if TYPE_CHECKING:
     from blackbox_vlm.backend import Backend
@@ -75,16 +83,21 @@ def tune(
 
 @click.command()
 @click.argument("run", type=PATH)
+@click.option("--budget", type=int, help="Another budget from here on; the plan stays.")
+@click.option("--max-cost", type=click.FloatRange(min=0), help="Another limit in USD.")
 @lost_option
 @json_option
-def resume(run: Path, on_lost: Lost | None, as_json: bool) -> None:
+def resume(
+    run: Path, budget: int | None, max_cost: float | None, on_lost: Lost | None, as_json: bool
+) -> None:
     """Go on with the interrupted run in RUN; what was settled is not paid again."""
     from blackbox_vlm.settings import Settings
 
     settings = Settings.from_run(run)
     if on_lost is not None:
         settings = dataclasses.replace(settings, on_lost=on_lost)
-    _show_result(_run(settings, run, resume=True), as_json=as_json)
+    result = _run(settings, run, resume=True, budget=budget, max_cost=max_cost)
+    _show_result(result, as_json=as_json)
 
 
 @click.command()
@@ -124,13 +137,13 @@ def demo(budget: int, shots: int, out: Path, seed: int, as_json: bool) -> None:
             ("zero-shot accuracy", percent(unseen.zero_shot_accuracy)),
             ("tuned accuracy", percent(unseen.accuracy)),
             ("queries spent", f"{result.queries_spent} of {result.budget}"),
-            ("evaluation", f"{unseen.queries_spent} queries, from a budget of its own"),
+            ("evaluation", f"{queries(unseen.queries_spent)}, from a budget of its own"),
             ("adapter", result.adapter),
         ],
     )
 
 
-def _run(settings: Settings, out: Path, *, resume: bool) -> TuneResult:
+def _run(settings: Settings, out: Path, *, resume: bool, **limits: Any) -> TuneResult:
     from blackbox_vlm.run_directory import RunDirectory
 
     if not resume:
@@ -141,11 +154,11 @@ def _run(settings: Settings, out: Path, *, resume: bool) -> TuneResult:
     if len(task.skipped) > 20:
         say(f"... and {len(task.skipped) - 20} more; --strict refuses them")
     with settings.opened() as backend:
-        return _tune(settings, task, backend, out, resume=resume)
+        return _tune(settings, task, backend, out, resume=resume, **limits)
 
 
 def _tune(
-    settings: Settings, task: Task, backend: Backend, out: Path, *, resume: bool
+    settings: Settings, task: Task, backend: Backend, out: Path, *, resume: bool, **limits: Any
 ) -> TuneResult:
     from blackbox_vlm.progress import Reporter
     from blackbox_vlm.tuning import tune
@@ -157,6 +170,7 @@ def _tune(
             out,
             settings.options,
             resume=resume,
+            **limits,
             description=settings.to_description(),
             on_plan=reporter.plan,
             on_spent=reporter.spent,
@@ -177,10 +191,10 @@ def _show_plan(settings: Settings, *, as_json: bool) -> None:
             {"budget": plan.budget, "queries": plan.queries, "usd": plan.usd, "steps": steps}
         )
         return
-    rows = [(f"{step.purpose}: {step.why}", f"{step.queries} queries") for step in plan.steps]
+    rows = [(f"{step.purpose}: {step.why}", queries(step.queries)) for step in plan.steps]
     print_table(
         f"method {plan.method.value}, budget {plan.budget}",
-        [*rows, ("in all", f"{plan.queries} queries, {usd(plan.usd)}")],
+        [*rows, ("in all", f"{queries(plan.queries)}, {usd(plan.usd)}")],
     )
 
 

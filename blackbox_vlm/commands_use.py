@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from blackbox_vlm.cli_options import PATH, budget_option, cost_option, json_option, lost_option
-from blackbox_vlm.console import percent, print_csv, print_json, print_table, say, usd
+from blackbox_vlm.console import percent, print_csv, print_json, print_table, queries, say, usd
 from blackbox_vlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def evaluate(
     ledger = directory.side_ledger("evaluate", task.fingerprint())
     with settings.opened() as backend, directory.locked():
         cost = evaluation.evaluation_cost(adapter, task, backend)
-        say(f"Evaluating {len(task)} images takes {cost} queries, from a budget of its own.")
+        say(f"Evaluating {len(task)} images takes {queries(cost)}, from a budget of its own.")
         result = evaluation.evaluate(
             adapter,
             task,
@@ -117,7 +117,7 @@ def predict(
     ledger = directory.side_ledger("predict", digest)
     with settings.opened() as backend, directory.locked():
         cost = adapter.queries(found, backend.capabilities)
-        say(f"Predicting {len(found)} images takes {cost} queries, from a budget of its own.")
+        say(f"Predicting {len(found)} images takes {queries(cost)}, from a budget of its own.")
         answer, spent = evaluation.predict(
             adapter,
             found,
@@ -177,7 +177,7 @@ def inspect(run: Path, as_json: bool) -> None:
             ("images shown", f"{totals.images}"),
             ("texts shown", f"{totals.texts}"),
             ("cost", usd(totals.cost) if totals.cost else "none declared"),
-            *((f"  {purpose}", f"{count} queries") for purpose, count in purposes.items()),
+            *((f"  {purpose}", queries(count)) for purpose, count in purposes.items()),
         ],
     )
     if trajectory:

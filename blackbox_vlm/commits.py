@@ -21,23 +21,25 @@ class GroupCommit:
 
     Args:
         ledger: whose methods the writes call.
-        on_commit: told after every commit.
+        on_commit: told after every commit; it raises nothing.
     """
 
     def __init__(self, ledger: Ledger, on_commit: Callable[[], None]) -> None:
         self._ledger = ledger
         self._on_commit = on_commit
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
-        self._failed: StorageError | None = None
+        self._failed: Exception | None = None
 
     def submit(self, write: Callable[[], Result]) -> asyncio.Future[Result]:
         """Have a write done in the next transaction.
 
         Returns:
             its result, once it is on the disk; or its error, which touches no other write. A
-            `StorageError` is everybody's, now and from then on.
+            `StorageError`, or an error that should not happen, is everybody's from then on.
         """
         loop = asyncio.get_running_loop()
+        if self._waiting and self._waiting[0][1].get_loop() is not loop:
+            self._waiting = []  # that loop has ended before its turn: what was sent stays charged
         if not self._waiting:
             loop.call_soon(self._commit)
         future: asyncio.Future[Result] = loop.create_future()
@@ -55,13 +57,13 @@ class GroupCommit:
     def _commit(self) -> None:
         waiting, self._waiting = self._waiting, []
         waiting = [(write, future) for write, future in waiting if not future.cancelled()]
-        outcomes: list[tuple[Any, BlackboxError | None]] = []
+        outcomes: list[tuple[Any, Exception | None]] = []
         try:
             if self._failed is not None:
                 raise self._failed
             with self._ledger.together():
                 outcomes = [_outcome(write) for write, _ in waiting]
-        except StorageError as error:
+        except Exception as error:  # nothing of it was written, and nobody may wait for ever
             self._failed = error
             outcomes = [(None, error)] * len(waiting)
         for (_, future), (result, failure) in zip(waiting, outcomes, strict=True):

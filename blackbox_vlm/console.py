@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import click
 
+from blackbox_vlm.errors import InputError
+
 
 def say(line: str) -> None:
     """A line for people, on stderr."""
@@ -53,6 +55,11 @@ def usd(amount: float | None) -> str:
     return "price unknown" if amount is None else f"{amount:g} USD"
 
 
+def queries(count: int) -> str:
+    """A number of queries for people."""
+    return "1 query" if count == 1 else f"{count} queries"
+
+
 def _inert(value: object) -> object:
     """A cell that no terminal takes for control and no spreadsheet for a formula."""
     if not isinstance(value, str):
@@ -83,11 +90,17 @@ class StopSignals:
             self._old[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, error: object, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        if self._asked.is_set() and error is not None:
-            say(f"Go on with: blackbox-vlm resume {self._run}")
+        if error is not None and self._resumable(error):
+            error.add_note(f"Go on with: blackbox-vlm resume {self._run}")
+
+    def _resumable(self, error: BaseException) -> bool:
+        """Whether the run had begun, and goes on if nothing else is given."""
+        from blackbox_vlm.run_directory import RunDirectory
+
+        return RunDirectory(self._run).exists and not isinstance(error, InputError)
 
     def _handle(self, number: int, frame: object) -> None:
         if self._asked.is_set():

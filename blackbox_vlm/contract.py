@@ -18,9 +18,11 @@ from blackbox_vlm.backend import (
     TextScores,
 )
 from blackbox_vlm.errors import ContractError, ModelChanged
+from blackbox_vlm.images import quote
 
 MOST_BROKEN = 3  # broken answers in a row
 MOST_CONSTANT = 10  # answers in a row whose scores tell no text from another
+_MOST_USD = 1e9  # of one answer; less than nothing would be a refund
 _ROUNDING = 1e-3  # how far a rounded probability may lie outside 0..1
 _SUM = 0.02  # how far rounded softmax probabilities may be from a sum of 1
 
@@ -68,14 +70,17 @@ def check_answer(request: Request, answer: Answer, capabilities: Capabilities) -
     Raises:
         ModelChanged: another model spoke.
         ContractError: another shape or type, NaN or infinity, a label out of range, probabilities
-            outside 0..1 or with another sum than 1, fewer scores than top-k promises.
+            outside 0..1 or with another sum than 1, fewer scores than top-k promises, a cost that
+            is none.
     """
     if answer.model_id != capabilities.model_id:
         raise ModelChanged(
-            f"asked model {capabilities.model_id!r}, {answer.model_id!r} answered; their scores "
-            "are not comparable. Fix the endpoint or start another run",
+            f"asked model {capabilities.model_id!r}, {quote(answer.model_id)} answered; their "
+            "scores are not comparable. Fix the endpoint or start another run",
             final=True,
         )
+    if answer.cost is not None and not 0 <= answer.cost <= _MOST_USD:
+        raise ContractError(f"wanted a cost of 0 to {_MOST_USD:g} USD, got {answer.cost}")
     wanted, got = request.answer_shape, answer.values.shape
     if len(got) != len(wanted) or any(w not in (None, g) for w, g in zip(wanted, got, strict=True)):
         raise ContractError(f"wanted an answer of shape {wanted}, got {got}")

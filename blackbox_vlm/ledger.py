@@ -296,11 +296,11 @@ class Ledger:
         if queries + count > budget:
             return (
                 f"the budget is {budget} queries, {queries} are spent and {count} more are wanted; "
-                "nothing was sent"
+                "nothing was sent. Give a higher --budget to go on"
             )
         return (
             f"the limit is {max_cost / NANO:g} USD, {spent / NANO:g} are spent and {cost / NANO:g} "
-            "more are wanted; nothing was sent"
+            "more are wanted; nothing was sent. Give a higher --max-cost to go on"
         )
 
     def _insert(self, entry: Entry) -> int:

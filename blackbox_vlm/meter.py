@@ -17,7 +17,9 @@ else, because every sending may have to be paid:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import tenacity
@@ -50,11 +52,20 @@ from blackbox_vlm.ledger import Entry, Ledger, Lost
 from blackbox_vlm.pacing import LONGEST_WAIT, Clock, Pacer, SystemClock
 
 ATTEMPTS = 3  # at one query
-DEADLINE = 600.0  # seconds, for all attempts at one query
+DEADLINE = 600.0  # seconds since a query first left, after which it is not sent again
 RETRIES_AT_FIRST = 10  # a few hiccups are no storm, however short the run
-RETRIES_PER_ANSWER = 0.1
+RETRIES_PER_ANSWER = 0.1  # of a query
 
 Batch = dict[str, Request]  # by query key
+
+
+@dataclass(slots=True)
+class _Delivery:
+    """A batch on its way: what of it is not answered, why it is asked, and when it first left."""
+
+    left: Batch
+    purpose: str
+    since: float = math.inf
 
 
 class Meter:
@@ -87,9 +98,11 @@ class Meter:
         self._should_stop = should_stop
         self._clock = clock or SystemClock()
         self.capabilities: Capabilities = backend.capabilities
-        self._pacer = Pacer(self.capabilities.concurrency, self._clock, should_stop)
+        self._failures: list[BaseException] = []  # the first is why, the others follow from it
+        self._pacer = Pacer(self.capabilities.concurrency, self._clock, self._stops)
         self._watch = Watch(self.capabilities)
-        self._retries = float(RETRIES_AT_FIRST + self.capabilities.concurrency)
+        batches = RETRIES_AT_FIRST + self.capabilities.concurrency
+        self._retries = float(batches * self.capabilities.requests_per_batch)  # queries
         self._commits = GroupCommit(ledger, self._tell)
         self._on_spent, self._told = on_spent, -1
 
@@ -161,6 +174,7 @@ class Meter:
     async def _send_all(self, missing: Batch, purpose: str) -> dict[str, Array]:
         """Send batches by several workers; what is in flight when one fails is settled first."""
         self._pacer.begin()
+        self._failures.clear()
         batches = _batches(missing, self.capabilities.requests_per_batch)
         answered: dict[str, Array] = {}
         broken: list[ContractError] = []
@@ -168,51 +182,50 @@ class Meter:
         async def worker() -> None:
             try:
                 for batch in batches:  # one shared iterator: each batch goes to one worker
-                    await self._deliver(batch, purpose, answered, broken)
-            finally:
-                batches.close()  # after an error nobody takes another batch
+                    await self._deliver(_Delivery(batch, purpose), answered, broken)
+            except BaseException as error:
+                self._failures.append(error)  # nothing leaves any more
+                raise
 
         workers = [worker() for _ in range(self.capabilities.concurrency)]
-        results = await asyncio.gather(*workers, return_exceptions=True)
+        await asyncio.gather(*workers, return_exceptions=True)
         await self._commits.flush()
-        for result in [*results, *broken]:
-            if isinstance(result, BaseException):
-                raise result
+        for failure in [*self._failures, *broken]:
+            raise failure
         return answered
+
+    def _stops(self) -> bool:
+        return bool(self._failures) or self._should_stop()
 
     # -- one batch, sent until it is answered or given up -------------------------------------
 
     async def _deliver(
-        self,
-        batch: Batch,
-        purpose: str,
-        answered: dict[str, Array],
-        broken: list[ContractError],
+        self, delivery: _Delivery, answered: dict[str, Array], broken: list[ContractError]
     ) -> None:
         """A broken answer is set aside, so that the others are asked; anything else is raised."""
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(self._may_send_again),
+            retry=self._may_send_again,
             wait=_wait,
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
             sleep=self._pacer.sleep,
             reraise=True,
         )
         try:
-            await retrying(self._attempt, batch, purpose, answered)
+            await retrying(self._attempt, delivery, answered)
         except ContractError as error:
             if error.final:
                 raise
             broken.append(error)
 
-    async def _attempt(self, batch: Batch, purpose: str, answered: dict[str, Array]) -> None:
+    async def _attempt(self, delivery: _Delivery, answered: dict[str, Array]) -> None:
         """Send what is left of a batch once; what was answered leaves it.
 
         Raises:
-            BackendError: the first that no further attempt can help, or else the first.
+            BackendError: the one that matters most to the run.
         """
-        entered = await self._pacer.enter()
+        batch, entered = delivery.left, await self._pacer.enter()
+        delivery.since = min(delivery.since, entered)
         try:
-            outcomes = await self._send(batch, purpose)
+            outcomes = await self._send(batch, delivery.purpose)
         finally:
             self._pacer.leave(entered)
         failures = []
@@ -224,11 +237,11 @@ class Meter:
                 answered[key] = outcome.values
                 del batch[key]
         if failures:
-            raise min(failures, key=self._can_be_helped)
+            raise min(failures, key=self._severity)
 
     async def _send(self, batch: Batch, purpose: str) -> list[Outcome]:
         """Reserve, send, and close the books on every request of the batch."""
-        if self._should_stop():
+        if self._stops():
             raise Interrupted("stopped on request; everything settled is kept")
         requests = list(batch.values())
         attempts = await self._commits.submit(lambda: self._reserve(batch, purpose))
@@ -292,10 +305,13 @@ class Meter:
                 self._ledger.lose([attempt])
 
     def _tell(self) -> None:
-        spent = self._ledger.spent()
-        if spent != self._told:
-            self._told = spent
-            self._on_spent(spent)
+        try:
+            spent = self._ledger.spent()
+            if spent != self._told:
+                self._told = spent
+                self._on_spent(spent)
+        except Exception as error:  # `observe` raises it; here, the event loop would only log it
+            self._failures.append(error)
 
     # -- again? -------------------------------------------------------------------------------
 
@@ -307,12 +323,23 @@ class Meter:
         elif isinstance(outcome, RateLimited) or outcome.retry_after is not None:
             self._pacer.refused(entered, outcome.retry_after)
 
-    def _may_send_again(self, error: BaseException) -> bool:
-        """Whether another attempt may help, is allowed, and is not one too many."""
+    def _may_send_again(self, state: tenacity.RetryCallState) -> bool:
+        """Whether another attempt may help, is allowed, in time, and is not one too many."""
+        assert state.outcome is not None  # tenacity asks only after an attempt
+        error, delivery = state.outcome.exception(), state.args[0]
         if not isinstance(error, BackendError) or not self._can_be_helped(error):
             return False
-        self._retries -= 1
-        return self._retries >= 0
+        late = self._clock.now() - delivery.since > DEADLINE
+        if late or state.attempt_number == ATTEMPTS or self._retries < len(delivery.left):
+            return False
+        self._retries -= len(delivery.left)
+        return True
+
+    def _severity(self, error: BackendError) -> int:
+        """0: it ends the run; 1: it spoils one answer; 2: another attempt may help."""
+        if self._can_be_helped(error):
+            return 2
+        return int(isinstance(error, ContractError) and not error.final)
 
     def _can_be_helped(self, error: BackendError) -> bool:
         if error.final or (error.retry_after or 0.0) > LONGEST_WAIT:
@@ -328,12 +355,18 @@ _backoff = tenacity.wait_exponential(multiplier=0.5, max=8.0) + tenacity.wait_ra
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
-    """As long as the endpoint asks, or else a little longer every time."""
+    """As long as the endpoint asks, or else a little longer every time.
+
+    A query that was refused twice without a word waits for the next minute's quota.
+    """
     assert state.outcome is not None  # tenacity waits only after an attempt
-    asked = getattr(state.outcome.exception(), "retry_after", None)
-    return _backoff(state) if asked is None else float(asked)
+    error = state.outcome.exception()
+    if isinstance(error, BackendError) and error.retry_after is not None:
+        return error.retry_after
+    in_vain = isinstance(error, RateLimited) and state.attempt_number > 1
+    return LONGEST_WAIT if in_vain else _backoff(state)
 
 
-def _batches(missing: Batch, size: int) -> Generator[Batch, None, None]:
+def _batches(missing: Batch, size: int) -> Iterator[Batch]:
     items = list(missing.items())
     return (dict(items[at : at + size]) for at in range(0, len(items), size))

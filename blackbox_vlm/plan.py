@@ -108,7 +108,7 @@ def check_max_cost(max_cost: float | None, capabilities: Capabilities) -> None:
     """Refuse a limit on money that nobody could keep.
 
     Raises:
-        InputError: it is no limit, or the endpoint's price is unknown.
+        InputError: it is no limit, or the endpoint's price is unknown or has no bound.
     """
     if max_cost is None:
         return
@@ -118,6 +118,11 @@ def check_max_cost(max_cost: float | None, capabilities: Capabilities) -> None:
         raise InputError(
             f"the limit is {max_cost:g} USD and the endpoint's price is unknown, so that it cannot "
             "be kept; declare the price ([price] in its file), or leave the limit out"
+        )
+    if capabilities.price.per_million_tokens and not capabilities.price.most_tokens:
+        raise InputError(
+            f"the limit is {max_cost:g} USD and the tokens of a request have none, so that it "
+            "cannot be kept; declare most_tokens in [price], or leave the limit out"
         )
 
 

@@ -95,7 +95,19 @@ class Settings:
         if is_endpoint_file(self.backend):
             self._check_alone(given)
             return open_endpoint(Path(self.backend))
-        return open_backend(self.backend, **given, **parse_restrictions(self.restrict))
+        return self._open_named({**given, **parse_restrictions(self.restrict)})
+
+    def _open_named(self, options: Mapping[str, Any]) -> Backend:
+        try:
+            return open_backend(self.backend, **options)
+        except InputError as error:
+            if self.backend == "local":
+                raise
+            said = str(error)
+        raise InputError(
+            f"--backend {quote(self.backend)}: {said}. What a hosted endpoint needs stands in a "
+            f"file: --backend endpoint{SUFFIX}"
+        )
 
     def _check_alone(self, given: Mapping[str, Any]) -> None:
         """An endpoint file says everything; refuse what would be ignored beside it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,8 @@ def tune(
     options: Options,
     *,
     resume: bool = False,
+    budget: int | None = None,
+    max_cost: float | None = None,
     description: dict[str, Any] | None = None,
     on_plan: Callable[[Plan], None] = lambda plan: None,
     on_spent: Callable[[int], None] = lambda spent: None,
@@ -135,6 +137,9 @@ def tune(
         out: the run's folder; it must not hold a run yet unless `resume`.
         options: the budget, and how to spend it.
         resume: go on with the run in `out`, or find it finished; nothing settled is paid again.
+        budget, max_cost: other limits from here on, for a run that is resumed and whose own cannot
+            pay for the rest of its plan, since answers were lost or refusals billed. The plan stays
+            as it was made.
         description: kept in `run.json`, for whoever resumes it.
         on_plan, on_spent, on_progress: told the plan, every change of the queries spent, and every
             generation.
@@ -143,19 +148,21 @@ def tune(
     Raises:
         InputError: the data, a setting or the folder is not what is wanted; nothing was spent.
         RunMismatch: `resume`, and the run there is another one.
-        BudgetError: answers were lost and paying for them again exceeds the budget.
+        BudgetError: answers were lost or refusals billed, and the rest of the plan exceeds the
+            budget; the run can be resumed with a higher one.
         Interrupted: a stop was asked for; the run can be resumed.
         BackendError, StorageError: the endpoint or the disk failed; the run can be resumed.
     """
-    made = dry_run(task, backend.capabilities, options)
+    limited = options if max_cost is None else replace(options, max_cost=max_cost)
+    made = dry_run(task, backend.capabilities, limited)
     check_texts(backend, task.template, task.class_names)
     run = RunDirectory(Path(out))
     with ExitStack() as stack:
         _claim(run, stack, description or {}, resume=resume)
-        ledger = stack.enter_context(Ledger(run.ledger, options.budget, max_cost=options.max_cost))
+        ledger = stack.enter_context(_account(run.ledger, options, budget, max_cost))
         ledger.bind(_fingerprint(task, backend.capabilities, options, made))
         run.mark_started()
-        on_plan(made)
+        on_plan(replace(made, budget=ledger.totals().budget))
         on_spent(ledger.spent())
         meter = Meter(
             backend,
@@ -188,6 +195,17 @@ def _claim(
     else:
         run.check_free()  # another process may have been faster
         run.create(description)
+
+
+def _account(path: Path, options: Options, budget: int | None, max_cost: float | None) -> Ledger:
+    """The run's ledger, under new limits if some are given. Those that it has stay otherwise."""
+    has: Options | Totals = options
+    if path.exists() and path.stat().st_size:
+        with Ledger(path) as ledger:
+            has = ledger.totals()
+    most = has.budget if budget is None else budget
+    limit = has.max_cost if max_cost is None else max_cost
+    return Ledger(path, most, max_cost=limit, extend=True)
 
 
 async def _tune(
@@ -231,7 +249,7 @@ def _result(
 ) -> TuneResult:
     totals, verdict = ledger.totals(), tuned.verdict
     return TuneResult(
-        budget=options.budget,
+        budget=totals.budget,
         queries_planned=made.queries,
         queries_spent=totals.queries,
         images_shown=totals.images,
@@ -297,11 +315,13 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """Everything that must stay the same for a run to go on."""
     declared = asdict(capabilities)
-    for speed in ("concurrency", "requests_per_batch"):  # change how fast, not what is answered
-        del declared[speed]
+    for name in ("concurrency", "requests_per_batch", "price", "refusals_free"):
+        del declared[name]  # how fast and at what cost, not what is answered or asked
     return {
         "version": __version__,
         "seed": options.seed,
+        "budget": options.budget,
+        "max_cost": options.max_cost,
         "method": made.method.value,
         "recipe": asdict(recipe_named(options.recipe)),
         "images": len(task),

@@ -29,7 +29,6 @@ from blackbox_vlm.backend import (
     TextScores,
     query_key,
 )
-from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
 
 DIM = 16
@@ -108,15 +107,7 @@ class LinearWorld:
         return _image_vectors(request.images) @ vectors.T * self.capabilities.logit_scale
 
     def _check(self, request: Request) -> None:
-        limits = self.capabilities
-        if not limits.takes(request):
-            raise InputError(f"no {request.access.value} access here")
-        for count, limit in (
-            (request.n_images, limits.images_per_request),
-            (request.n_texts, limits.texts_per_request),
-        ):
-            if limit is not None and count > limit:
-                raise InputError(f"{count} in one request, the limit is {limit}")
+        self.capabilities.check(request)
 
 
 Fault = BaseException | Callable[[list[Answer]], list[Answer]]

@@ -14,7 +14,7 @@ import blackbox_vlm
 
 PACKAGE = Path(blackbox_vlm.__file__).parent
 BACKENDS = Path(blackbox_vlm.backends.__file__).parent
-FOLDERS = ("craft", "testing")  # rooms of several modules
+FOLDERS = ("craft", "testing", "testing/matrix")  # rooms of several modules
 REPOSITORY = Path(__file__).parent.parent
 
 # Rooms from the ground up; a module imports only from lower rooms or its own.
@@ -50,7 +50,8 @@ def sources() -> list[Path]:
 
 
 def room(path: Path) -> str:
-    return path.parent.name if path.parent.name in FOLDERS else path.stem
+    """The folder below the package, or the module itself."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path: Path) -> set[str]:

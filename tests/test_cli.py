@@ -284,7 +284,9 @@ def test_an_endpoint_file_is_all_that_a_run_needs(
     assert {**ok("resume", out), "adapter": tuned["adapter"]} == tuned
     assert ok("evaluate", out, small)["queries_spent"] == 12
     assert ok("predict", out, small / "test")["queries_spent"] == 12
-    assert len(closed) == len(set(map(id, closed))) == 6
+    [picture] = [*small.rglob("*.png")][:1]
+    assert "takes 1 query," in run("predict", out, picture).stderr
+    assert len(closed) == len(set(map(id, closed))) == 7
     assert "none declared" in run("inspect", out).stdout
     assert not [
         path for path in out.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()
@@ -297,8 +299,11 @@ def test_money_is_not_spent_at_an_unknown_price(small: Path, endpoint: Path) -> 
     assert refused.exit_code == 2
     assert "price" in refused.stderr
     assert not Path("run").exists()
-    with endpoint.open("a") as file:
-        file.write("[price]\nper_request = 0.5\n")
+    unpriced = endpoint.read_text()
+    endpoint.write_text(unpriced + "[price]\nper_million_tokens = 5.0\n")
+    refused = run(*words, "--max-cost", 1, "--out", "run")  # of how many tokens, at most?
+    assert (refused.exit_code, "most_tokens" in refused.stderr) == (2, True)
+    endpoint.write_text(unpriced + "[price]\nper_request = 0.5\n")
     assert run(*words, "--max-cost", 2, "--out", "run").exit_code == 2
     assert ok(*words, "--max-cost", 3, "--out", "run")["cost_usd"] == 3
     assert "3 USD" in run("inspect", "run").stdout
@@ -323,6 +328,38 @@ def test_an_empty_account_has_its_exit_code(small: Path, endpoint: Path) -> None
         assert run(*words).exit_code == 7
 
 
+def test_a_failure_says_how_to_go_on(small: Path, endpoint: Path) -> None:
+    words = ("tune", small, "--budget", 20, "--backend", endpoint, "--out", "run")
+    with ScriptedServer(reply(b"sorry", 500)) as server:
+        described = endpoint.read_text()
+        endpoint.write_text(re.sub('url = ".*"', f'url = "{server.url}"', described))
+        failed = run(*words)
+    said = failed.stderr.splitlines()
+    assert failed.exit_code == 4
+    assert "answered 500" in said[-2]
+    assert said[-1] == "Go on with: blackbox-vlm resume run"
+
+
+def test_what_cannot_go_on_is_not_told_to(small: Path, endpoint: Path) -> None:
+    words = ("tune", small, "--budget", 20, "--backend", endpoint, "--out")
+    nowhere = run(*words, endpoint / "run")  # below a file: there is no run
+    assert nowhere.exit_code == 6
+    ok(*words, "run", "--shots", 2)
+    with endpoint.open("a") as file:
+        file.write("timeout = 5\nmax_image_side = 32\n")
+    another = run("resume", "run")  # it would be refused again
+    assert another.exit_code == 2
+    for refused in (nowhere, another):
+        assert "Go on with" not in refused.stderr
+
+
+def test_a_protocol_by_its_name_is_told_of_the_endpoint_file(small: Path) -> None:
+    refused = run("tune", small, "--budget", 20, "--backend", "zero-shot", "--dry-run")
+    assert refused.exit_code == 2
+    assert "lacks url" in refused.stderr
+    assert "--backend endpoint.toml" in refused.stderr
+
+
 @pytest.mark.slow
 def test_the_readme_wraps_an_endpoint_in_ten_lines(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -331,9 +368,10 @@ def test_the_readme_wraps_an_endpoint_in_ten_lines(
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     [wrapped] = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
     [served] = re.findall(r"^ENDPOINT_KEY=(\w+) blackbox-vlm (serve-blackbox .*)$", readme, re.M)
+    [exported] = re.findall(r"^export ENDPOINT_KEY=(\w+)$", readme, re.M)
     assert len(wrapped.splitlines()) < 10
-    monkeypatch.setenv("ENDPOINT_KEY", served[0])
-    with start(*served[1].split(), "--port", "0") as server:
+    monkeypatch.setenv("ENDPOINT_KEY", exported)
+    with start(*served[1].split(), "--port", "0", ENDPOINT_KEY=served[0]) as server:
         assert server.stdout is not None
         try:
             printed = [next(server.stdout) for _ in range(3)]
@@ -344,7 +382,9 @@ def test_the_readme_wraps_an_endpoint_in_ten_lines(
             evaluated = ok("evaluate", tmp_path / "run", small)
         finally:
             server.send_signal(signal.SIGINT)
-            server.communicate()
+            _, said = server.communicate()
+    assert server.returncode == 130
+    assert said.splitlines()[-1] == "Stopped."
     assert tuned["cost_usd"] == pytest.approx(0.001 * tuned["queries_spent"])
     assert tuned["zero_shot_accuracy"] > 0.5  # the model's own predictions, through HTTP
     assert evaluated["n_images"] == 12

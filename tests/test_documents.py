@@ -55,6 +55,15 @@ def test_every_command_is_one_that_the_program_knows(words: list[str]) -> None:
     assert result.exit_code in (0, 2), result.output
 
 
+def test_the_program_is_found_where_the_readme_calls_it() -> None:
+    """Pasted from the top, in one shell: it is on the path before it is first called by name."""
+    lines = "\n".join(blocks("sh")).splitlines()
+    entered = next(at for at, line in enumerate(lines) if line.startswith(". .venv/bin/activate"))
+    called = [at for at, line in enumerate(lines) if "blackbox-vlm " in line.split("#")[0]]
+    assert entered < min(at for at in called if not lines[at].startswith("git clone"))
+    assert not [line for line in lines if "bin/blackbox-vlm" in line]
+
+
 def test_links_lead_somewhere() -> None:
     for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"):
         path = ROOT / document

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import tomllib
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ import pytest
 from blackbox_vlm.backends._dialects import Dialect, find, named
 from blackbox_vlm.backends._images import encode
 from blackbox_vlm.backends.embeddings import Embeddings
+from hosted import EXAMPLES, outcomes, served
 
 from blackbox_vlm.backend import Answer, ImageEmbeddings, Outcome, Request, TextEmbeddings
 from blackbox_vlm.endpoint import Endpoint
 from blackbox_vlm.errors import ContractError, InputError
 from blackbox_vlm.images import Image
-from blackbox_vlm.running import run_sync
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 KEY = "sk-0123456789abcdef"
 UNTOLD = 99  # tokens that are reserved, where the answer does not say
 
@@ -337,13 +335,9 @@ class Recorder:
         self.answer = answer
         self.seen: list[httpx.Request] = []
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
+    def __call__(self, request: httpx.Request) -> object:
         self.seen.append(request)
-
-        async def body() -> AsyncIterator[bytes]:
-            yield json.dumps(self.answer).encode()
-
-        return httpx.Response(200, content=body())
+        return self.answer
 
 
 def read_example(file: str) -> dict[str, Any]:
@@ -353,16 +347,8 @@ def read_example(file: str) -> dict[str, Any]:
 
 
 def ask(options: dict[str, Any], endpoint: Recorder, request: Request) -> Outcome:
-    backend = Embeddings(inner=httpx.MockTransport(endpoint), **options)
-
-    async def work() -> Outcome:
-        try:
-            [outcome] = await backend.answer([request])
-            return outcome
-        finally:
-            await backend.aclose()
-
-    return run_sync(work())
+    [outcome] = outcomes(Embeddings(inner=served(endpoint), **options), request)
+    return outcome
 
 
 def with_picture(body: Any, data: bytes) -> Any:

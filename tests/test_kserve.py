@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import tomllib
 from collections.abc import Callable
@@ -12,15 +10,13 @@ from typing import Any
 
 import httpx
 import numpy as np
-import PIL.Image
 import pytest
 from blackbox_vlm.backends.kserve import KServe
 from doubles import SOFT_PROMPTS, LinearWorld, declare
+from hosted import EXAMPLES, example, noise, outcomes, served, uploaded, values
 
 from blackbox_vlm.backend import (
     Access,
-    Answer,
-    Array,
     Backend,
     ImageEmbeddings,
     PromptScores,
@@ -31,13 +27,10 @@ from blackbox_vlm.backend import (
     TextScores,
     query_key,
 )
-from blackbox_vlm.contract import check_answer
 from blackbox_vlm.errors import ContractError, InputError, ModelChanged
 from blackbox_vlm.images import Image
-from blackbox_vlm.running import run_sync
 from blackbox_vlm.testing import BackendConformance
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 ROOT = "http://127.0.0.1:1/models"
 SOFT = {"context_tokens": 4, "width": 6, "token_std": 0.02}
 TEXTS = ("a photo of a cat.", "a photo of a dog.", "ein Käfer")
@@ -55,7 +48,7 @@ class Server:
         self.paths: list[str] = []
         self.bodies: list[Any] = []
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
+    def __call__(self, request: httpx.Request) -> Any:
         self.paths.append(request.url.raw_path.decode())
         body = json.loads(request.content)
         self.bodies.append(body)
@@ -68,9 +61,7 @@ class Server:
             "data": values.ravel().tolist(),
         }
         answer = {"model_name": "clip", "id": body["id"], "outputs": [output], **self.said}
-        data = self.spoil(answer)
-        content = data if isinstance(data, bytes) else json.dumps(data).encode()
-        return httpx.Response(200, stream=httpx.ByteStream(content))
+        return self.spoil(answer)
 
 
 def read(inputs: list[Any]) -> Request:
@@ -90,29 +81,14 @@ def read(inputs: list[Any]) -> Request:
     return TextScores(pictures, texts) if pictures else TextEmbeddings(texts)
 
 
-def uploaded(text: str) -> Image:
-    return Image(Path("uploaded"), hashlib.sha256(base64.b64decode(text)).hexdigest())
-
-
 def backend(server: Server, **options: Any) -> KServe:
     options = {"url": ROOT, "model": "clip", "images_per_request": 0, **options}
-    return KServe(inner=httpx.MockTransport(server), **options)
-
-
-def values(endpoint: KServe, request: Request) -> Array:
-    [outcome] = run_sync(endpoint.answer([request]))
-    if not isinstance(outcome, Answer):
-        raise outcome
-    check_answer(request, outcome, endpoint.capabilities)
-    return outcome.values
+    return KServe(inner=served(server), **options)
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> tuple[Image, ...]:
-    noise = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    for index, pixels in enumerate(noise):
-        PIL.Image.fromarray(pixels).save(tmp_path / f"{index}.png")
-    return tuple(Image.from_file(tmp_path / f"{index}.png") for index in range(2))
+    return noise(tmp_path, 2)
 
 
 @pytest.fixture
@@ -189,8 +165,8 @@ def test_an_offset_of_another_shape_is_not_sent(
     offset = np.zeros(shape, np.float32)
     other = PromptScores(prompt.images, prompt.class_names, prompt.template, offset)
     with pytest.raises(InputError, match=r"takes \[4, 6\]"):
-        values(backend(server, **SOFT), other)
-    assert server.bodies == []
+        outcomes(backend(server, **SOFT), prompt, other)
+    assert server.bodies == [], "nor is what came before it in the batch"
 
 
 def test_embeddings_have_an_output_for_each_side(pictures: tuple[Image, ...]) -> None:
@@ -235,9 +211,9 @@ def test_version_and_name_are_in_the_path(request_: TextScores) -> None:
 
 
 def test_a_large_answer_is_read(pictures: tuple[Image, ...]) -> None:
-    names = tuple(f"thing {index}" for index in range(50_000))
-    call = backend(Server()).encode(TextScores(pictures, names))
-    assert call.most > 2 * 50_000 * len("-1.2345678901234567e-100, ")
+    names = tuple(f"thing {index}" for index in range(25_000))
+    server = Server(lambda answer: data(lambda flat: [-1.2345678901234567e-30] * len(flat))(answer))
+    assert values(backend(server), TextScores(pictures, names)).shape == (2, 25_000)
 
 
 # -- what is answered -------------------------------------------------------------------------
@@ -444,13 +420,12 @@ def test_whatever_changes_an_answer_changes_the_key() -> None:
 
 
 def test_the_example_opens_and_asks(monkeypatch: pytest.MonkeyPatch, request_: TextScores) -> None:
-    text = (EXAMPLES / "kserve.toml").read_text(encoding="utf-8")
-    options = tomllib.loads(text)
+    options = example("kserve")
     assert options.pop("protocol") == "kserve"
     with pytest.raises(InputError, match=options["key_env"]):
         KServe(**options)
     monkeypatch.setenv(options["key_env"], "key-4711")
-    endpoint = KServe(inner=httpx.MockTransport(Server(model_version="1")), **options)
+    endpoint = KServe(inner=served(Server(model_version="1")), **options)
     assert endpoint.transport.origin.scheme == "https"
     assert endpoint.capabilities.price is not None
     assert endpoint.capabilities.images_per_request == 32

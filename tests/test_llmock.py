@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from blackbox_vlm.backends.chat import Chat
 from blackbox_vlm.backends.embeddings import Embeddings
+from hosted import metered, spent
 
 from blackbox_vlm import demo_folder
 from blackbox_vlm.backend import Labels, TextEmbeddings, TextScores
@@ -27,8 +28,7 @@ from blackbox_vlm.errors import (
 )
 from blackbox_vlm.images import Image
 from blackbox_vlm.ledger import Ledger
-from blackbox_vlm.meter import ATTEMPTS, Meter
-from blackbox_vlm.running import run_sync
+from blackbox_vlm.meter import ATTEMPTS
 
 pytest.importorskip("llmock")
 
@@ -52,27 +52,11 @@ def chat(llmock: Any, **options: Any) -> Chat:
     return Chat(**{**given, "mode": "labels", "key_env": "OPENAI_API_KEY", **options})
 
 
-def ask(backend: Any, ledger: Ledger, *observations: Any, **options: Any) -> Any:
-    async def work() -> Any:
-        try:
-            return await Meter(backend, ledger, **options).observe(observations, "search")
-        finally:
-            await backend.aclose()
-
-    return run_sync(work())
-
-
-def spent(ledger: Ledger) -> tuple[int, int]:
-    """Queries charged, and how many of them lost their answer."""
-    totals = ledger.totals()
-    return totals.queries, totals.unknown
-
-
 def test_a_healthy_endpoint_is_asked_once_per_query(
     llmock: Any, ledger: Ledger, images: tuple[Image, ...]
 ) -> None:
     llmock.reply("fruit", times=None)
-    [labels] = ask(chat(llmock, concurrency=4), ledger, Labels(images, CLASSES))
+    [labels] = metered(chat(llmock, concurrency=4), ledger, Labels(images, CLASSES))
     assert labels.tolist() == [2, 2, 2, 2]
     assert len(llmock.requests) == 4
     assert spent(ledger) == (4, 0)
@@ -85,7 +69,7 @@ def test_429_is_sent_again_when_the_endpoint_says(
 ) -> None:
     llmock.reply("drink", times=None).rate_limit(times=ATTEMPTS - 1, retry_after=0.3)
     backend = chat(llmock, refusals_free=free)
-    [labels] = ask(backend, ledger, Labels(images[:1], CLASSES))
+    [labels] = metered(backend, ledger, Labels(images[:1], CLASSES))
     assert labels.tolist() == [1]
     assert len(llmock.requests) == ATTEMPTS
     assert spent(ledger) == (charged, 0)
@@ -95,7 +79,7 @@ def test_429_is_sent_again_when_the_endpoint_says(
 def test_429_slows_everybody(llmock: Any, ledger: Ledger, images: tuple[Image, ...]) -> None:
     """While one query waits, no other one runs into the same wall."""
     llmock.reply("drink", times=None).rate_limit(times=1, retry_after=0.4)
-    ask(chat(llmock, concurrency=2), ledger, *(Labels((image,), CLASSES) for image in images))
+    metered(chat(llmock, concurrency=2), ledger, *(Labels((image,), CLASSES) for image in images))
     [wall] = [record for record in llmock.requests if record.status == 429]
     later = [r.started_at for r in llmock.requests if r.started_at > wall.ended_at + 0.05]
     assert len(later) >= 3
@@ -117,9 +101,9 @@ def test_a_quota_is_used_and_not_run_into(llmock: Any, ledger: Ledger) -> None:
         concurrency=4,
         refusals_free=True,
     )
-    [vectors] = ask(backend, ledger, TextEmbeddings(tuple(map(str, range(63)))))
-    assert vectors.shape == (63, 1536)
-    assert spent(ledger) == (63, 0)
+    [vectors] = metered(backend, ledger, TextEmbeddings(tuple(map(str, range(62)))))
+    assert vectors.shape == (62, 1536)
+    assert spent(ledger) == (62, 0)
     records = llmock.requests
     assert sum(record.status == 429 for record in records) <= 2
     assert records[-1].ended_at - records[0].started_at < 30
@@ -131,7 +115,7 @@ def test_a_lost_answer_is_asked_for_again_where_paying_twice_is_allowed(
     llmock: Any, ledger: Ledger, images: tuple[Image, ...], fault: int
 ) -> None:
     llmock.reply("animal", times=None).fail(fault, times=1, retry_after=0.2)
-    [labels] = ask(chat(llmock), ledger, Labels(images[:1], CLASSES), on_lost="resend")
+    [labels] = metered(chat(llmock), ledger, Labels(images[:1], CLASSES), on_lost="resend")
     assert labels.tolist() == [0]
     assert len(llmock.requests) == 2
     assert spent(ledger) == (2, 1)
@@ -143,7 +127,7 @@ def test_without_a_hint_the_client_backs_off(
 ) -> None:
     monkeypatch.setattr("random.uniform", lambda low, high: (low + high) / 2)  # no lucky jitter
     llmock.reply("animal", times=None).fail(500, times=ATTEMPTS - 1)
-    ask(chat(llmock), ledger, Labels(images[:1], CLASSES), on_lost="resend")
+    metered(chat(llmock), ledger, Labels(images[:1], CLASSES), on_lost="resend")
     assert len(llmock.requests) == ATTEMPTS
     assert spent(ledger) == (ATTEMPTS, ATTEMPTS - 1)
     llmock.assert_resilient(strict=True)
@@ -154,7 +138,7 @@ def test_an_outage_ends_the_run_after_few_attempts(
 ) -> None:
     llmock.fail(503, times=None, retry_after=0.1)
     with pytest.raises(UnknownOutcome, match="answered 503"):
-        ask(chat(llmock), ledger, Labels(images, CLASSES), on_lost="resend")
+        metered(chat(llmock), ledger, Labels(images, CLASSES), on_lost="resend")
     assert len(llmock.requests) == ATTEMPTS
     assert spent(ledger) == (ATTEMPTS, ATTEMPTS)
     llmock.assert_resilient(strict=True)
@@ -166,7 +150,7 @@ def test_a_lost_answer_stops_the_run_unless_told_otherwise(
     """llmock would rather see a retry, but that one would be paid for."""
     llmock.fail(503, times=1, retry_after=0.1)
     with pytest.raises(UnknownOutcome, match="answered 503"):
-        ask(chat(llmock), ledger, Labels(images, CLASSES))
+        metered(chat(llmock), ledger, Labels(images, CLASSES))
     assert len(llmock.requests) == 1
     assert spent(ledger) == (1, 1)
     assert [finding.code for finding in llmock.verdict().findings] == ["gave_up"]
@@ -175,9 +159,9 @@ def test_a_lost_answer_stops_the_run_unless_told_otherwise(
 def test_a_slow_answer_is_given_up_and_asked_for_again(
     llmock: Any, ledger: Ledger, images: tuple[Image, ...]
 ) -> None:
-    llmock.reply("animal", times=None).delay(1.0, times=1)
+    llmock.reply("animal", times=None).delay(0.6, times=1)
     backend = chat(llmock, timeout=0.3)
-    [labels] = ask(backend, ledger, Labels(images[:1], CLASSES), on_lost="resend")
+    [labels] = metered(backend, ledger, Labels(images[:1], CLASSES), on_lost="resend")
     assert labels.tolist() == [0]
     assert spent(ledger) == (2, 1)
     assert len(llmock.requests) == 2
@@ -197,7 +181,7 @@ def test_a_refusal_is_final(
 ) -> None:
     llmock.fail(status, times=None)
     with pytest.raises(error, match=f"answered {status}"):
-        ask(chat(llmock), ledger, Labels(images, CLASSES), on_lost="resend")
+        metered(chat(llmock), ledger, Labels(images, CLASSES), on_lost="resend")
     assert len(llmock.requests) == 1
     assert spent(ledger) == (1, 0)
     llmock.assert_resilient(strict=True)
@@ -210,7 +194,7 @@ def test_no_credit_is_final(
     """Not strict: llmock takes every 429 for one that passes with time."""
     llmock.fail(status, times=None, code=code)
     with pytest.raises(QuotaError, match="no credit left"):
-        ask(chat(llmock), ledger, Labels(images, CLASSES), on_lost="resend")
+        metered(chat(llmock), ledger, Labels(images, CLASSES), on_lost="resend")
     assert len(llmock.requests) == 1
     llmock.assert_resilient()
 
@@ -221,7 +205,7 @@ def test_a_wait_beyond_a_minute_pauses_the_run(
     """Asked again within the run it would be too early, and that llmock would call an error."""
     llmock.rate_limit(times=None, retry_after=61)
     with pytest.raises(RateLimited) as error:
-        ask(chat(llmock, refusals_free=True), ledger, Labels(images, CLASSES))
+        metered(chat(llmock, refusals_free=True), ledger, Labels(images, CLASSES))
     assert error.value.retry_after == 61
     assert len(llmock.requests) == 1
     assert spent(ledger) == (0, 0)
@@ -233,6 +217,6 @@ def test_an_endpoint_without_log_probabilities_is_told_from_one_that_has_them(
 ) -> None:
     backend = chat(llmock, mode="logprobs")
     with pytest.raises(ContractError, match='set mode = "labels"'):
-        ask(backend, ledger, TextScores(images[:1], CLASSES))
+        metered(backend, ledger, TextScores(images[:1], CLASSES))
     assert len(llmock.requests) == 1
     assert spent(ledger) == (1, 1)

@@ -30,6 +30,8 @@ from blackbox_vlm.backend import (
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.testing import BackendConformance
 
+pytestmark = pytest.mark.usefixtures("one_load")
+
 
 @pytest.fixture(scope="module")
 def task() -> Task:
@@ -37,7 +39,7 @@ def task() -> Task:
 
 
 @pytest.fixture(scope="module")
-def soft() -> LocalBlackBox:
+def soft(one_load: None) -> LocalBlackBox:
     return LocalBlackBox(access="soft")
 
 
@@ -111,7 +113,7 @@ def test_a_level_answers_nothing_else(task: Task, access: str, request_type: Any
         TextScores: lambda: TextScores(images, task.texts()),
         Labels: lambda: Labels(images, task.texts()),
     }[request_type]()
-    with pytest.raises(InputError, match=f"this black box gives '{access}'"):
+    with pytest.raises(InputError, match=f"this endpoint gives '{access}'"):
         ask(box, request)
 
 
@@ -146,7 +148,7 @@ def test_limits_bind(task: Task) -> None:
     box = LocalBlackBox(access="scores", images_per_request=2, texts_per_request=12)
     assert box.capabilities.images_per_request == 2
     ask(box, TextScores(task.images[:2], task.texts()))
-    with pytest.raises(InputError, match="3 images in one request; this black box takes 2"):
+    with pytest.raises(InputError, match="3 images in one request; this endpoint takes 2"):
         ask(box, TextScores(task.images[:3], task.texts()))
     with pytest.raises(InputError, match="13 texts"):
         ask(box, TextScores(task.images[:1], (*task.texts(), "one more")))

@@ -40,6 +40,7 @@ from blackbox_vlm.backend import (
 from blackbox_vlm.contract import MOST_CONSTANT
 from blackbox_vlm.errors import (
     AuthError,
+    BackendError,
     BudgetError,
     ContractError,
     InputError,
@@ -372,6 +373,49 @@ def test_only_what_failed_is_sent_again(ledger: Ledger) -> None:
     assert [len(world.requests), ledger.spent()] == [5, 4]
 
 
+def test_a_batch_that_is_sent_again_takes_its_size_from_the_allowance(ledger: Ledger) -> None:
+    """Retries are at most a tenth of the queries, however many of them travel together."""
+    world = LinearWorld(declare(requests_per_batch=20, refusals_free=True))
+    busy: Any = lambda answers: [RateLimited("429", retry_after=1.0)] * len(answers)  # noqa: E731
+    backend = ScriptedBackend(world, [busy, None] * 100)
+    with pytest.raises(RateLimited):
+        ask(Meter(backend, ledger, clock=FakeClock()), *map(scores, range(480)))
+    retries = backend.asked - 1 - ledger.spent() // 20  # the last one was not sent again
+    assert 11 <= retries <= 11 + 0.1 * ledger.spent() / 20
+
+
+def test_a_query_is_not_sent_again_after_its_deadline(ledger: Ledger) -> None:
+    clock = FakeClock()
+
+    class Slow(LinearWorld):
+        async def answer(self, requests: Sequence[Request]) -> list[Any]:
+            self.asked += 1
+            clock.advance(400.0)
+            return [LOST]
+
+    world = Slow(declare(idempotent=True))
+    meter = Meter(world, ledger, clock=clock)
+    with pytest.raises(UnknownOutcome):
+        ask(meter, scores(1))
+    assert world.asked == 2  # the third would have left after 800 s
+    clock.advance(4000.0)
+    with pytest.raises(UnknownOutcome):
+        ask(meter, scores(1))
+    assert world.asked == 4  # another run, another 600 s
+
+
+@pytest.mark.parametrize("other", [AuthError("401"), LOST], ids=["refused", "lost"])
+def test_what_ends_the_run_is_not_hidden_by_a_broken_answer(
+    ledger: Ledger, other: BackendError
+) -> None:
+    """Of a batch with both, the error that stops everything counts."""
+    both: Any = lambda answers: [ContractError("a bad item"), other, *answers[2:]]  # noqa: E731
+    backend = ScriptedBackend(LinearWorld(declare(requests_per_batch=4)), [both])
+    with pytest.raises(type(other)):
+        ask(Meter(backend, ledger), *map(scores, range(8)))
+    assert backend.asked == 1
+
+
 def test_three_broken_answers_in_a_row_stop_the_run(ledger: Ledger) -> None:
     broken = ContractError("an error page")
     backend = ScriptedBackend(LinearWorld(), [broken, broken, None] * 3 + [broken] * 9)
@@ -432,6 +476,15 @@ def test_a_reported_cost_replaces_the_reserved_one(path: Path) -> None:
             ask(Meter(backend, ledger), *map(scores, range(50)))
         # 0.5 is reserved for each: the sixth may leave with 0.5 spent, the seventh may not
         assert (backend.asked, ledger.totals().cost) == (6, pytest.approx(0.6))
+
+
+def test_a_cost_that_is_none_is_no_cost(ledger: Ledger) -> None:
+    """Less than nothing would be a refund, and NaN could not be written."""
+    report: Any = lambda answers: [replace(answer, cost=-1.0) for answer in answers]  # noqa: E731
+    backend = ScriptedBackend(LinearWorld(declare(price=Price(per_request=0.5))), [report])
+    with pytest.raises(ContractError, match="cost"):
+        ask(Meter(backend, ledger), scores(1))
+    assert (counts(ledger), ledger.totals().cost) == ((1, 1, 0), 0.5)
 
 
 def _lose(values: Array) -> Array:
@@ -499,6 +552,62 @@ def test_an_error_lets_the_others_finish_and_nobody_start(ledger: Ledger) -> Non
     assert counts(ledger) == (4, 0, 0)
     keys = [query_key(scores(index), world.capabilities.identity) for index in range(4)]
     assert [ledger.answer(key) is not None for key in keys] == [True, False, True, True]
+
+
+def test_an_error_stops_those_who_wait(ledger: Ledger) -> None:
+    """The key is revoked while others wait for their turn: none of them leaves."""
+
+    class Revoked(LinearWorld):
+        async def answer(self, requests: Sequence[Request]) -> list[Any]:
+            self.asked += 1
+            asked = self.asked
+            await asyncio.sleep(0.001 * asked)
+            return [RateLimited("429", retry_after=5.0) if asked <= 8 else AuthError("401")]
+
+    world, clock = Revoked(declare(concurrency=8)), FakeClock()
+    with pytest.raises(AuthError):
+        ask(Meter(world, ledger, clock=clock), *map(scores, range(40)))
+    assert world.asked <= 8 + 4  # what the halved window let leave before the answer came
+
+
+def test_the_error_that_is_raised_is_the_first(ledger: Ledger) -> None:
+    """Not the first worker's, which stopped because of another one."""
+
+    async def then(place: int) -> None:
+        await asyncio.sleep(0.01 * (3 - place))
+        raise (Refused("422"), QuotaError("402"), AuthError("401"))[place]
+
+    with pytest.raises(AuthError):
+        ask(Meter(Gate(3, then), ledger), *map(scores, range(3)))
+
+
+def test_an_error_of_the_caller_stops_the_run_and_loses_no_answer(ledger: Ledger) -> None:
+    def on_spent(spent: int) -> None:
+        if spent >= 8:
+            raise BrokenPipeError("nobody reads the progress")
+
+    world = LinearWorld(declare(concurrency=4))
+    with pytest.raises(BrokenPipeError):
+        ask(Meter(world, ledger, on_spent=on_spent), *map(scores, range(40)))
+    assert world.asked == 8
+    assert counts(ledger) == (8, 0, 0)
+    with pytest.raises(BrokenPipeError):  # also where the last commit tells it
+        ask(Meter(world, ledger, on_spent=on_spent), scores(1), scores(50))
+
+
+def test_two_observations_at_a_time(ledger: Ledger) -> None:
+    async def then(place: int) -> None:
+        await asyncio.sleep(0.001 * place)
+
+    async def work() -> list[list[Array]]:
+        meter = Meter(Gate(2, then), ledger)
+        first = asyncio.ensure_future(meter.observe([scores(1), scores(2)], "search"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return [await meter.observe([scores(3)], "search"), await first]
+
+    assert [len(answers) for answers in run_sync(work())] == [1, 2]
+    assert counts(ledger) == (3, 0, 0)
 
 
 def test_a_stop_settles_what_is_in_flight_and_the_next_run_goes_on(

@@ -187,6 +187,20 @@ def test_a_refusal_in_vain_waits_for_the_next_minute() -> None:
     assert time_travel.run(work()) == pytest.approx(LONGEST_WAIT + 1 + 2 * LATENCY, abs=0.01)
 
 
+def test_what_flew_in_a_dead_loop_is_in_nobodys_way() -> None:
+    pacer = Pacer(1, time_travel.LoopClock())
+
+    async def work() -> None:
+        pacer.begin()
+        await asyncio.wait_for(pacer.enter(), 1)
+        waiting = asyncio.ensure_future(pacer.enter())
+        await asyncio.sleep(1)
+        assert not waiting.done()  # and this loop ends here, with one in flight and one waiting
+
+    time_travel.run(work())
+    time_travel.run(work())
+
+
 def test_no_more_than_most_are_in_flight() -> None:
     async def work() -> None:
         pacer, flying = Pacer(3, time_travel.LoopClock()), []

@@ -439,7 +439,7 @@ def test_any_backend_can_be_watched(tmp_path: Path) -> None:
     request = TextScores(images(1), TEXTS[:5])
     with Ledger(tmp_path / "ledger.sqlite", 2) as ledger:
         meter = Meter(witness, ledger)
-        with pytest.raises(InputError, match="limit is 2"):
+        with pytest.raises(InputError, match="this endpoint takes 2"):
             run_sync(meter.observe([request], "probe"))
         assert ledger.spent() == 0
         small = TextScores(images(1), TEXTS[:2])

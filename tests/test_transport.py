@@ -38,9 +38,9 @@ from blackbox_vlm.errors import (
 )
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.secret import Secret
-from blackbox_vlm.testing.certificates import Authority
 from blackbox_vlm.testing.server import (
     Act,
+    Authority,
     ScriptedServer,
     Step,
     closing,

@@ -16,7 +16,15 @@ from blackbox_vlm.adapter import Adapter
 from blackbox_vlm.backend import Access, Answer, Price, Request, ScoreKind, query_key
 from blackbox_vlm.craft import craft
 from blackbox_vlm.craft.recipes import CRAFT, CRAFT_PAPER, RECIPES
-from blackbox_vlm.errors import InputError, Interrupted, RunMismatch, StorageError, UnknownOutcome
+from blackbox_vlm.errors import (
+    BudgetError,
+    InputError,
+    Interrupted,
+    RateLimited,
+    RunMismatch,
+    StorageError,
+    UnknownOutcome,
+)
 from blackbox_vlm.evaluation import evaluate, evaluation_cost, predict
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.task import Task
@@ -223,6 +231,53 @@ def test_lost_answers_elsewhere_stop_the_run_or_are_paid_again(tmp_path: Path) -
     with pytest.raises(UnknownOutcome, match="connection broke"):
         tune(task, world, run, options(on_lost="resend"), resume=True)
     assert Ledger(run / "ledger.sqlite").totals().queries <= BUDGET
+
+
+class Busy(LinearWorld):
+    """Refuses some of the first batches for now."""
+
+    async def answer(self, requests: Sequence[Request]) -> list[Any]:
+        answers = await super().answer(requests)
+        return [RateLimited("429", retry_after=0.0)] if self.asked in (2, 4, 7) else answers
+
+
+@pytest.mark.parametrize("limit", ["budget", "max_cost"])
+def test_a_run_whose_budget_went_to_refusals_goes_on_under_a_higher_one(
+    tmp_path: Path, limit: str
+) -> None:
+    task, run = make_task(), tmp_path / "run"
+    priced = declare(Access.SOFT, idempotent=True, price=Price(per_request=0.01))
+    plan = dry_run(task, priced, options(budget=BUDGET + 5))  # too little for a generation more
+    exact = options(budget=plan.queries)
+    if limit == "max_cost":
+        exact = options(budget=plan.queries + 5, max_cost=plan.usd)
+    undisturbed = tune(task, LinearWorld(priced), tmp_path / "whole", exact)
+    with pytest.raises(BudgetError, match=f"--{limit.replace('_', '-')}"):
+        tune(task, Busy(priced), run, exact)
+    world = Busy(replace(priced, price=Price(per_request=0.005), refusals_free=True))
+    with pytest.raises(BudgetError):
+        tune(task, world, run, exact, resume=True)
+    assert world.asked == 0
+    dearer = Price(per_request=0.012)
+    world = LinearWorld(replace(priced, concurrency=4, refusals_free=True, price=dearer))
+    more: dict[str, Any] = {"budget": 150} if limit == "budget" else {"max_cost": 1.5}
+    result = tune(task, world, run, exact, resume=True, **more)
+    assert world.asked > 0
+    assert exact.budget < result.queries_spent <= result.budget or limit == "max_cost"
+    assert replace(result, adapter="", cost_usd=None) == replace(
+        undisturbed,
+        budget=more.get("budget", exact.budget),
+        queries_spent=result.queries_spent,
+        images_shown=result.images_shown,
+        spent_by_purpose=result.spent_by_purpose,
+        cost_usd=None,
+        adapter="",
+    )
+    adapter = files(run)
+    assert tune(task, LinearWorld(priced), run, exact, resume=True) == result  # it stays raised
+    assert files(run) == adapter
+    with pytest.raises(RunMismatch, match="spent"):
+        tune(task, LinearWorld(priced), run, exact, resume=True, **dict.fromkeys(more, 1))
 
 
 def test_a_finished_run_costs_nothing_again(tmp_path: Path) -> None:

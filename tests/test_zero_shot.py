@@ -6,39 +6,27 @@ bytes that were uploaded.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-import PIL.Image
 import pytest
 from blackbox_vlm.backends._mapping import get, put
 from blackbox_vlm.backends.zero_shot import ZeroShot
 from doubles import LinearWorld, declare
+from hosted import URL, example, noise, outcomes, reply, served, uploaded, values
 
-from blackbox_vlm.backend import Access, Answer, Backend, Outcome, ScoreKind, TextScores
-from blackbox_vlm.contract import check_answer
+from blackbox_vlm.backend import Access, Backend, ScoreKind, TextScores
 from blackbox_vlm.errors import ContractError, InputError, RateLimited
 from blackbox_vlm.images import Image
-from blackbox_vlm.running import run_sync
 from blackbox_vlm.testing import BackendConformance
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-URL = "http://127.0.0.1:1/models/clip"
 TEXTS = ("a photo of a dog.", "a photo of a cat.", "ein Käfer")
 
 Row = dict[str, Any]
-
-
-def uploaded(text: str) -> Image:
-    """The picture that a server sees, by the bytes it was sent."""
-    return Image(Path("uploaded"), hashlib.sha256(base64.b64decode(text)).hexdigest())
 
 
 class Server:
@@ -49,50 +37,31 @@ class Server:
         self.spoil = spoil
         self.bodies: list[Any] = []
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
+    def __call__(self, request: httpx.Request) -> Any:
         assert str(request.url) == URL
         body = json.loads(request.content)
         self.bodies.append(body)
         rows = self.rows(body["inputs"], body["parameters"]["candidate_labels"])
-        return reply(self.spoil(rows))
+        return self.spoil(rows)
 
     def rows(self, image: str, texts: list[str]) -> list[Row]:
-        values = self.world.values(TextScores((uploaded(image),), tuple(texts)))[0]
+        scores = self.world.values(TextScores((uploaded(image),), tuple(texts)))[0]
         rows = [
             {"label": text, "score": float(value)}
-            for text, value in zip(texts, values, strict=True)
+            for text, value in zip(texts, scores, strict=True)
             if not np.isnan(value)
         ]
         return sorted(rows, key=lambda row: -row["score"])
 
 
-def reply(data: Any, status: int = 200, **headers: str) -> httpx.Response:
-    content = data if isinstance(data, bytes) else json.dumps(data).encode()
-    return httpx.Response(status, headers=headers, stream=httpx.ByteStream(content))
-
-
-def backend(server: Callable[[httpx.Request], httpx.Response], **options: Any) -> ZeroShot:
+def backend(server: Callable[[httpx.Request], Any], **options: Any) -> ZeroShot:
     options = {"url": URL, "model": "clip", **options}
-    return ZeroShot(inner=httpx.MockTransport(server), **options)
-
-
-def ask(endpoint: Backend, *requests: TextScores) -> list[Outcome]:
-    return list(run_sync(endpoint.answer(requests)))
-
-
-def values(endpoint: Backend, request: TextScores) -> Any:
-    [outcome] = ask(endpoint, request)
-    if not isinstance(outcome, Answer):
-        raise outcome
-    check_answer(request, outcome, endpoint.capabilities)
-    return outcome.values
+    return ZeroShot(inner=served(server), **options)
 
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Image:
-    noise = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    PIL.Image.fromarray(noise).save(tmp_path / "noise.png")
-    return Image.from_file(tmp_path / "noise.png")
+    return noise(tmp_path, 1)[0]
 
 
 @pytest.fixture
@@ -210,7 +179,7 @@ def test_what_cannot_be_answered_is_not_sent(
 ) -> None:
     server = Server()
     with pytest.raises(InputError, match=message):
-        ask(backend(server, **options), TextScores((picture,), texts))
+        outcomes(backend(server, **options), TextScores((picture,), texts))
     assert server.bodies == []
 
 
@@ -233,10 +202,10 @@ def custom(answer: Callable[[list[Row]], Any], image: str, texts: str) -> Any:
     bodies: list[Any] = []
     server = Server()
 
-    def handle(request: httpx.Request) -> httpx.Response:
+    def handle(request: httpx.Request) -> Any:
         bodies.append(json.loads(request.content))
         upload = get(bodies[-1], image).removeprefix("data:image/png;base64,")
-        return reply(answer(server.rows(upload, get(bodies[-1], texts))))
+        return answer(server.rows(upload, get(bodies[-1], texts)))
 
     return handle, bodies, server
 
@@ -398,8 +367,7 @@ def test_a_model_that_is_being_loaded_means_later(request_: TextScores) -> None:
         body = {"error": "Model clip is currently loading", "estimated_time": 20.0}
         return reply(body, 503, **{"retry-after": "20"})
 
-    options, _ = example("zero-shot.toml")
-    [outcome] = ask(backend(loading, busy=options["busy"]), request_)
+    [outcome] = outcomes(backend(loading, busy=example("zero-shot")["busy"]), request_)
     assert isinstance(outcome, RateLimited)
     assert outcome.retry_after == 20
 
@@ -431,15 +399,10 @@ def test_a_place_that_is_not_there_breaks_the_contract(path: str) -> None:
 # -- examples and conformance -----------------------------------------------------------------
 
 
-def example(name: str) -> tuple[dict[str, Any], str]:
-    options = tomllib.loads((EXAMPLES / name).read_text(encoding="utf-8"))
-    return options, options.pop("protocol")
-
-
-@pytest.mark.parametrize("name", ["zero-shot.toml", "zero-shot-custom.toml"])
+@pytest.mark.parametrize("name", ["zero-shot", "zero-shot-custom"])
 def test_examples_open(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    options, protocol = example(name)
-    assert protocol == "zero-shot"
+    options = example(name)
+    assert options.pop("protocol") == "zero-shot"
     with pytest.raises(InputError, match=options["key_env"]):
         ZeroShot(**options)
     monkeypatch.setenv(options["key_env"], "hf_example")
@@ -452,10 +415,11 @@ def test_examples_open(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_the_custom_example_speaks_to_its_handler(
     monkeypatch: pytest.MonkeyPatch, request_: TextScores
 ) -> None:
-    options, _ = example("zero-shot-custom.toml")
+    options = example("zero-shot-custom")
+    del options["protocol"]
     monkeypatch.setenv(options["key_env"], "hf_example")
     handle, bodies, _ = custom(lambda rows: rows, "inputs.image", "inputs.candiates")
-    values(ZeroShot(inner=httpx.MockTransport(handle), **options), request_)
+    values(ZeroShot(inner=served(handle), **options), request_)
     assert bodies[0]["inputs"].keys() == {"image", "candiates"}
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,10 +26,12 @@ from blackbox_vlm.backend import (
     ImageEmbeddings,
     Labels,
     PromptScores,
+    Request,
     ScoreKind,
     TextEmbeddings,
     TextScores,
 )
+from blackbox_vlm.images import Image
 
 from .billing import Usage
 from .refusal import Refusal
@@ -178,7 +180,7 @@ def _add_capabilities(router: APIRouter, service: Service) -> None:
     @router.get("/capabilities", response_model=CapabilitiesTold, responses=PROBLEMS)
     async def capabilities() -> dict[str, Any]:
         """What this endpoint gives; free."""
-        offer = dataclasses.asdict(service.offer)
+        offer = asdict(service.offer)
         told = {name: offer[name] for name in CapabilitiesTold.model_fields if name in offer}
         price = {name: told["price"][name] for name in PriceTold.model_fields}
         return {**told, "model": service.offer.model_id, "price": price}
@@ -192,14 +194,7 @@ def _add_scores(router: APIRouter, service: Service) -> None:
         """Scores of images against texts; `values` is (images, texts)."""
         texts = tuple(asked.texts)
         return await _answer(
-            service,
-            http,
-            asked,
-            Question(
-                asked.images,
-                lambda images: [TextScores(images, texts)],
-                _writer(service, asked, service.offer.decimals),
-            ),
+            service, http, asked, asked.images, lambda images: TextScores(images, texts)
         )
 
 
@@ -213,16 +208,11 @@ def _add_prompt_scores(router: APIRouter, service: Service) -> None:
         """Scores of images against classes under a soft prompt; `values` is (images, classes)."""
         names, template = tuple(asked.class_names), check_template(asked.template)
         offset = check_offset(_decoded(asked.offset), soft)
-        return await _answer(
-            service,
-            http,
-            asked,
-            Question(
-                asked.images,
-                lambda images: [PromptScores(images, names, template, offset)],
-                _writer(service, asked, service.offer.decimals),
-            ),
-        )
+
+        def ask(images: tuple[Image, ...]) -> PromptScores:
+            return PromptScores(images, names, template, offset)
+
+        return await _answer(service, http, asked, asked.images, ask)
 
 
 def _add_embeddings(router: APIRouter, service: Service) -> None:
@@ -231,10 +221,7 @@ def _add_embeddings(router: APIRouter, service: Service) -> None:
         asked: ImagesAsked, http: HttpRequest, idempotency_key: IdempotencyKey = None
     ) -> Response:
         """Unit vectors of images; `values` is (images, dimensions)."""
-        ask = Question(
-            asked.images, lambda images: [ImageEmbeddings(images)], _writer(service, asked)
-        )
-        return await _answer(service, http, asked, ask)
+        return await _answer(service, http, asked, asked.images, ImageEmbeddings)
 
     @router.post("/text-embeddings", response_model=NumbersTold, responses=PROBLEMS)
     async def text_embeddings(
@@ -242,8 +229,7 @@ def _add_embeddings(router: APIRouter, service: Service) -> None:
     ) -> Response:
         """Unit vectors of texts; `values` is (texts, dimensions)."""
         texts = tuple(asked.texts)
-        ask = Question((), lambda _: [TextEmbeddings(texts)], _writer(service, asked))
-        return await _answer(service, http, asked, ask)
+        return await _answer(service, http, asked, (), lambda _: TextEmbeddings(texts))
 
 
 def _add_labels(router: APIRouter, service: Service) -> None:
@@ -253,33 +239,32 @@ def _add_labels(router: APIRouter, service: Service) -> None:
     ) -> Response:
         """The best text for every image; `values` is (images,)."""
         texts = tuple(asked.texts)
-        ask = Question(
-            asked.images, lambda images: [Labels(images, texts)], _writer(service, asked)
+        return await _answer(
+            service, http, asked, asked.images, lambda images: Labels(images, texts)
         )
-        return await _answer(service, http, asked, ask)
 
 
 async def _answer(
-    service: Service, http: HttpRequest, asked: Asked, question: Question
+    service: Service,
+    http: HttpRequest,
+    asked: Asked,
+    images: Sequence[str],
+    request: Callable[[tuple[Image, ...]], Request],
 ) -> Response:
+    """What the backend answers to the request about these images, and its bill."""
     service.check_model(asked.model)
-    return await service.answer(http, question)
-
-
-def _writer(
-    service: Service, asked: Asked, decimals: int | None = None
-) -> Callable[[list[Array], Usage], dict[str, Any]]:
-    """Writes the answer's JSON."""
+    decimals = service.offer.decimals if service.gives(Access.SCORES, Access.SOFT) else None
 
     def write(values: list[Array], usage: Usage) -> dict[str, Any]:
         return {
             "id": asked.id,
             "model": service.offer.model_id,
             "values": plain(values[0], decimals),
-            "usage": dataclasses.asdict(usage),
+            "usage": asdict(usage),
         }
 
-    return write
+    question = Question(images, lambda pictures: [request(pictures)], write)
+    return await service.answer(http, question)
 
 
 def _decoded(offset: Offset) -> NDArray[np.float32]:

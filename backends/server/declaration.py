@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from blackbox_vlm.backend import Access, Capabilities, ScoreKind
@@ -66,7 +67,7 @@ def _particular(protocol: str, offer: Capabilities) -> dict[str, Any]:
         "score_kind": offer.score_kind.value,
         "logit_scale": offer.logit_scale,
         **_withheld(offer),
-        **_soft(offer),
+        **({} if offer.soft_prompts is None else asdict(offer.soft_prompts)),
         "images_per_request": offer.images_per_request,
     }
 
@@ -74,14 +75,6 @@ def _particular(protocol: str, offer: Capabilities) -> dict[str, Any]:
 def _withheld(offer: Capabilities) -> dict[str, Any]:
     given = {"decimals": offer.decimals, "top_k": offer.top_k}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _soft(offer: Capabilities) -> dict[str, Any]:
-    soft = offer.soft_prompts
-    if soft is None:
-        return {}
-    numbers = {"context_tokens": soft.context_tokens, "width": soft.width}
-    return {**numbers, "token_std": soft.token_std}
 
 
 def _common(protocol: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Service:
         return json.dumps(question.write(values, usage), allow_nan=False).encode(), usage
 
     def _values(self, request: Request) -> Array:
-        self._check_limits(request)
+        self._check(request)
         try:
             [outcome] = run_sync(_ask(self._backend, request))
         except InputError:
@@ -133,13 +133,11 @@ class Service:
         values: Array = outcome.values
         return values
 
-    def _check_limits(self, request: Request) -> None:
-        for count, limit, what in (
-            (request.n_images, self.offer.images_per_request, "images"),
-            (request.n_texts, self.offer.texts_per_request, "texts"),
-        ):
-            if limit is not None and count > limit:
-                raise Refusal(422, f"{count} {what} in one request; this endpoint takes {limit}")
+    def _check(self, request: Request) -> None:
+        try:
+            self.offer.check(request)
+        except InputError as error:
+            raise Refusal(422, str(error)) from None
 
 
 def _one_thread() -> ThreadPoolExecutor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 
 from blackbox_vlm.backend import (
     Access,
@@ -31,21 +32,12 @@ from blackbox_vlm.contract import check_answer
 from blackbox_vlm.errors import BackendError, InputError, Refused
 from blackbox_vlm.images import Image
 from blackbox_vlm.running import run_sync
-from blackbox_vlm.testing.bench import FaultHooks
-from blackbox_vlm.testing.faults import FaultMatrix
 
 TOLERANCE = 1e-3  # a batch may be added up in another order than a request alone
 
 
-class BackendConformance(FaultHooks):
-    """What the meter relies on, as tests. Override `make_backend`; name the subclass `Test...`.
-
-    A subclass that overrides `make_remote` and `good_answer` gets the fault matrix as well.
-    """
-
-    def __init_subclass__(cls) -> None:
-        if cls.make_remote is not FaultHooks.make_remote:
-            cls.test_fault = FaultMatrix.test_fault  # type: ignore[attr-defined]
+class BackendConformance:
+    """What the meter relies on, as tests. Override `make_backend`; name the subclass `Test...`."""
 
     def make_backend(self) -> Backend:
         """A fresh backend, in the setting under test."""
@@ -85,7 +77,7 @@ class BackendConformance(FaultHooks):
     def test_an_idempotent_backend_repeats_itself(self, tmp_path: Path) -> None:
         backend = self.make_backend()
         if not backend.capabilities.idempotent:
-            _skip("it is not declared idempotent")
+            pytest.skip("it is not declared idempotent")
         requests = self._requests(backend.capabilities, tmp_path)
         answers = self._alone(backend, requests * 2)
         for first, second in zip(answers, answers[len(requests) :], strict=False):
@@ -96,7 +88,7 @@ class BackendConformance(FaultHooks):
         size = backend.capabilities.requests_per_batch
         requests = self._requests(backend.capabilities, tmp_path)[:size]
         if len(requests) < 2:
-            _skip("it takes one request at a time")
+            pytest.skip("it takes one request at a time")
         batches = [requests, requests[::-1], *([request] for request in requests)]
         forward, backward, *alone = map(_answered, run_sync(_ask(backend, batches)))
         for index, [expected] in enumerate(alone):
@@ -194,9 +186,3 @@ def _every_kind(
 def _texts(limit: int | None, count: int = 3) -> tuple[str, ...]:
     names = ("cat", "dog", "car", *(f"thing {index}" for index in range(3, count)))
     return names[: min(count, count if limit is None else limit)]
-
-
-def _skip(reason: str) -> None:
-    import pytest
-
-    pytest.skip(reason)

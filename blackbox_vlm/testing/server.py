@@ -20,10 +20,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import Enum
 from itertools import chain
+from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
+
+import pytest
 
 
 class Act(Enum):
@@ -263,3 +267,33 @@ def cut(step: Step, size: int) -> Step:
 def closing(step: Step, after: float = 0.0) -> Step:
     """slow_close: the step, and then, without a word about it, the end of the connection."""
     return lambda received: chain(step(received), [after, Act.CLOSE])
+
+
+# -- https --------------------------------------------------------------------------------
+
+
+class Authority:
+    """Signs certificates for an https server, right and wrong ones. Needs trustme.
+
+    Who trusts `ca_file` trusts them.
+
+    Args:
+        folder: for the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        trustme = pytest.importorskip("trustme", reason="trustme makes the certificates")
+        self._authority = trustme.CA()
+        self.ca_file = folder / "authority.pem"
+        self._authority.cert_pem.write_to_path(str(self.ca_file))
+
+    def sign(self, host: str = "127.0.0.1", *, expired: bool = False) -> ssl.SSLContext:
+        """What a server of this host needs for https."""
+        dates = {"not_before": _year(2000), "not_after": _year(2001)} if expired else {}
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._authority.issue_cert(host, **dates).configure_cert(context)
+        return context
+
+
+def _year(year: int) -> datetime:
+    return datetime(year, 1, 1, tzinfo=UTC)

@@ -13,7 +13,7 @@ from blackbox_vlm.backends.zero_shot import ZeroShot
 
 from blackbox_vlm.backend import Backend, Capabilities, TextScores
 from blackbox_vlm.images import Image
-from blackbox_vlm.testing.bench import FaultHooks
+from blackbox_vlm.testing.matrix.bench import FaultHooks
 
 
 class BatchedZeroShot(ZeroShot):

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from blackbox_vlm.backends import _client, _headers, transport, zero_shot
@@ -20,8 +19,8 @@ from faults.remote import BatchedZeroShot, HostedZeroShot
 from blackbox_vlm import contract, meter
 from blackbox_vlm.backend import Outcome, Request
 from blackbox_vlm.errors import BackendError, NotSent, Refused, UnknownOutcome
-from blackbox_vlm.testing.bench import Bench
-from blackbox_vlm.testing.faults import ROWS
+from blackbox_vlm.testing.matrix import ROWS
+from blackbox_vlm.testing.matrix.bench import Bench
 
 BY_ID = {row.id: row for row in ROWS}
 
@@ -46,10 +45,10 @@ class Persistent(BatchedZeroShot):
 
 
 class Impatient(BatchedZeroShot):
-    """Does not wait for a connection, and takes that for a lost answer."""
+    """Has too few connections, and takes waiting in vain for a lost answer."""
 
     async def answer(self, requests: Sequence[Request]) -> list[Outcome]:
-        self.transport._options["timeout"] = httpx.Timeout(None, pool=0.001)
+        self.transport._connections, self.transport._timeout = 1, 0.1
         outcomes = await super().answer(requests)
         return [UnknownOutcome("?") if isinstance(o, NotSent) else o for o in outcomes]
 
@@ -106,7 +105,7 @@ MISTAKES: list[tuple[str, type[ZeroShot] | None, tuple[Any, str, Any] | None]] =
     ("F09", Persistent, None),
     ("F10", misread(UnknownOutcome, Refused), None),
     ("F11", Lenient, None),
-    ("F13", None, (zero_shot, "_most", lambda texts: 40 * 2**20)),
+    ("F13", None, (zero_shot, "_bytes_of_labels", lambda texts: 40 * 2**20)),
     ("F15", None, (transport, "MAX_HEADERS", 2**40)),
     ("F16", None, (_headers, "retry_after", lambda headers: None)),
     ("F16", None, (_headers, "_number", lambda text: float(text or "nan"))),

@@ -10,15 +10,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-
-from blackbox_vlm.backend import Array, Backend, Request
-from blackbox_vlm.ledger import Ledger
-from blackbox_vlm.meter import Meter
-from blackbox_vlm.running import run_sync
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = Path(os.environ.get("INTEROP_VENVS", HERE.parents[1] / ".venv-interop"))
@@ -114,21 +108,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait(10)
-
-
-def ask(backend: Backend, ledger: Ledger, *observations: Request, **options: Any) -> list[Array]:
-    """Ask as a run does: through the meter, on the account of a ledger."""
-
-    async def work() -> list[Array]:
-        try:
-            return await Meter(backend, ledger, **options).observe(observations, "search")
-        finally:
-            await backend.aclose()
-
-    return run_sync(work())
-
-
-def spent(ledger: Ledger) -> tuple[int, int]:
-    """Queries charged, and how many of them lost their answer."""
-    totals = ledger.totals()
-    return totals.queries, totals.unknown

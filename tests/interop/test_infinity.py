@@ -13,7 +13,8 @@ import numpy as np
 import PIL.Image
 import pytest
 from blackbox_vlm.backends.embeddings import Embeddings
-from foreign import KEY, KEY_ENV, ask, binaries, free_port, run_script, running, spent
+from foreign import KEY, KEY_ENV, binaries, free_port, run_script, running
+from hosted import metered, spent
 from numpy.typing import NDArray
 
 from blackbox_vlm import demo_folder
@@ -79,7 +80,7 @@ def test_the_vectors_are_the_models_own(
     """33 images are one too many for Infinity: they leave as 32 and 1."""
     before = server.requests()
     backend = server.backend(encoding_format=encoding_format)
-    images, texts = ask(backend, ledger, ImageEmbeddings(emoji), TextEmbeddings(TEXTS))
+    images, texts = metered(backend, ledger, ImageEmbeddings(emoji), TextEmbeddings(TEXTS))
     np.testing.assert_allclose(images, reference["images"], atol=2e-5)
     np.testing.assert_allclose(texts, reference["texts"], atol=2e-5)
     assert spent(ledger) == (3, 0)
@@ -94,7 +95,7 @@ def test_base64_holds_the_same_numbers(
     for encoding_format in ("float", "base64"):
         with Ledger(tmp_path / encoding_format, 2) as ledger:
             backend = server.backend(encoding_format=encoding_format)
-            vectors.append(ask(backend, ledger, ImageEmbeddings(emoji[:4])))
+            vectors.append(metered(backend, ledger, ImageEmbeddings(emoji[:4])))
     np.testing.assert_array_equal(*vectors)
 
 
@@ -102,7 +103,7 @@ def test_long_texts_are_cut_without_a_word(server: Infinity, ledger: Ledger) -> 
     """After 20 tokens, which is no doing of ours and worth knowing; see README.md."""
     letters = "abcdefghijklmnopqrstuvwxyz"  # a token each, and a mark on both sides
     cut, also_cut, shorter = letters[:19], letters[:22], letters[:16]
-    [texts] = ask(server.backend(), ledger, TextEmbeddings((cut, also_cut, shorter)))
+    [texts] = metered(server.backend(), ledger, TextEmbeddings((cut, also_cut, shorter)))
     np.testing.assert_allclose(texts[1], texts[0], atol=1e-6)
     assert not np.allclose(texts[2], texts[0], atol=1e-3)
 
@@ -111,7 +112,7 @@ def test_another_model_than_asked_is_served_and_noticed(server: Infinity, ledger
     """Infinity answers 200 to any name while it serves one model."""
     before = server.requests()
     with pytest.raises(ModelChanged, match=f"'clip-vit-large'.*'{MODEL}' answered"):
-        ask(server.backend(model="clip-vit-large"), ledger, TextEmbeddings(TEXTS))
+        metered(server.backend(model="clip-vit-large"), ledger, TextEmbeddings(TEXTS))
     assert spent(ledger) == (1, 1)
     assert server.requests() - before == 1
 
@@ -123,7 +124,7 @@ def test_a_wrong_key_stops_after_one_request_and_is_not_shown(
     before = server.requests()
     backend = server.backend(refusals_free=True, texts_per_request=1)
     with pytest.raises(AuthError, match="answered 401") as error:
-        ask(backend, ledger, TextEmbeddings(TEXTS))
+        metered(backend, ledger, TextEmbeddings(TEXTS))
     assert "sk-of-somebody-else" not in str(error.value)
     assert spent(ledger) == (0, 0)
     assert server.requests() - before == 1
@@ -134,7 +135,7 @@ def test_a_refusal_that_echoes_the_request_is_cut_short(
 ) -> None:
     before = server.requests()
     with pytest.raises(Refused, match="answered 422") as error:
-        ask(server.backend(images_per_request=0), ledger, ImageEmbeddings(emoji))
+        metered(server.backend(images_per_request=0), ledger, ImageEmbeddings(emoji))
     assert "at most 32 items" in str(error.value)
     assert len(str(error.value)) < 400
     assert spent(ledger) == (1, 0)
@@ -150,7 +151,7 @@ def test_a_refusal_is_one_however_long_its_echo(
         PIL.Image.fromarray(pixels).save(tmp_path / f"{index}.png")
     images = tuple(Image.from_file(path) for path in sorted(tmp_path.glob("*.png")))
     with pytest.raises(Refused, match="answered 422"):
-        ask(server.backend(images_per_request=0), ledger, ImageEmbeddings(images))
+        metered(server.backend(images_per_request=0), ledger, ImageEmbeddings(images))
     assert spent(ledger) == (1, 0)
 
 

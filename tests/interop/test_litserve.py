@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from blackbox_vlm.backends.embeddings import Embeddings
-from foreign import HERE, KEY, KEY_ENV, ask, binaries, free_port, running, spent
+from foreign import HERE, KEY, KEY_ENV, binaries, free_port, running
+from hosted import metered, spent
 
 from blackbox_vlm.backend import ImageEmbeddings, TextEmbeddings
 from blackbox_vlm.errors import AuthError, Refused
@@ -41,7 +42,7 @@ def test_images_and_texts_become_the_models_vectors(
     url: str, emoji: tuple[Image, ...], ledger: Ledger, encoding_format: str
 ) -> None:
     asked = backend(url, encoding_format=encoding_format, images_per_request=20)
-    images, texts = ask(asked, ledger, ImageEmbeddings(emoji), TextEmbeddings(TEXTS))
+    images, texts = metered(asked, ledger, ImageEmbeddings(emoji), TextEmbeddings(TEXTS))
     colours = [np.asarray(image.load()).mean(axis=(0, 1)) / 255 for image in emoji]
     digests = [np.frombuffer(hashlib.sha256(t.encode()).digest()[:3], np.uint8) for t in TEXTS]
     np.testing.assert_allclose(images, colours, rtol=1e-6)
@@ -54,7 +55,7 @@ def test_a_wrong_key_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv(KEY_ENV, "sk-of-somebody-else")
     with pytest.raises(AuthError, match=r"answered 401.*Invalid API Key") as error:
-        ask(backend(url, texts_per_request=1), ledger, TextEmbeddings(TEXTS))
+        metered(backend(url, texts_per_request=1), ledger, TextEmbeddings(TEXTS))
     assert "sk-of-somebody-else" not in str(error.value)
     assert spent(ledger) == (1, 0)
 
@@ -62,5 +63,5 @@ def test_a_wrong_key_is_refused_and_not_shown(
 def test_another_route_stops_the_run_after_one_request(url: str, ledger: Ledger) -> None:
     wrong = backend(url.removesuffix("/v1/embeddings"), texts_per_request=1)
     with pytest.raises(Refused, match=r"answered 40[45]"):
-        ask(wrong, ledger, TextEmbeddings(TEXTS))
+        metered(wrong, ledger, TextEmbeddings(TEXTS))
     assert spent(ledger) == (1, 0)

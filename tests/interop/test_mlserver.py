@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 from blackbox_vlm.backends.kserve import KServe
-from foreign import HERE, ask, binaries, free_port, running, spent
+from foreign import HERE, binaries, free_port, running
+from hosted import metered, spent
 from numpy.typing import NDArray
 
 from blackbox_vlm.backend import PromptScores, TextScores
@@ -46,7 +47,7 @@ def test_images_and_texts_are_scored_in_real_batches(
     url: str, emoji: tuple[Image, ...], ledger: Ledger
 ) -> None:
     backend = KServe(url=url, model="colours", images_per_request=4)
-    [logits] = ask(backend, ledger, TextScores(emoji[:6], TEXTS))
+    [logits] = metered(backend, ledger, TextScores(emoji[:6], TEXTS))
     np.testing.assert_allclose(logits, expected(emoji[:6], TEXTS), rtol=1e-5)
     assert spent(ledger) == (2, 0)
 
@@ -57,7 +58,7 @@ def test_a_soft_prompt_travels_as_an_fp32_tensor(
     offset = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     backend = KServe(url=url, model="colours", version="3", images_per_request=3, **SOFT)
     request = PromptScores(emoji[:3], NAMES, "a photo of {}", offset)
-    soft, plain = ask(backend, ledger, request, TextScores(emoji[:3], TEXTS))
+    soft, plain = metered(backend, ledger, request, TextScores(emoji[:3], TEXTS))
     np.testing.assert_allclose(soft, expected(emoji[:3], TEXTS, offset), rtol=1e-5)
     np.testing.assert_allclose(plain, expected(emoji[:3], TEXTS), rtol=1e-5)
     assert spent(ledger) == (2, 0)
@@ -69,7 +70,7 @@ def test_a_model_that_is_not_there_stops_the_run_after_one_request(
 ) -> None:
     backend = KServe(url=url, **wrong)
     with pytest.raises(Refused, match=r"answered 404.*not found"):
-        ask(backend, ledger, *(TextScores((image,), TEXTS) for image in emoji[:3]))
+        metered(backend, ledger, *(TextScores((image,), TEXTS) for image in emoji[:3]))
     assert spent(ledger) == (1, 0)
 
 
@@ -78,7 +79,7 @@ def test_an_answer_under_another_name_is_not_taken(
 ) -> None:
     backend = KServe(url=url, model="colours", answered_model="clip")
     with pytest.raises(ModelChanged, match="'colours' answered"):
-        ask(backend, ledger, TextScores(emoji[:1], TEXTS))
+        metered(backend, ledger, TextScores(emoji[:1], TEXTS))
     assert spent(ledger) == (1, 1)
 
 
@@ -87,7 +88,7 @@ def test_a_model_that_fails_is_not_asked_again(
 ) -> None:
     backend = KServe(url=url, model="colours", text_input="labels")
     with pytest.raises(UnknownOutcome, match="answered 500: Internal Server Error"):
-        ask(backend, ledger, TextScores(emoji[:1], TEXTS))
+        metered(backend, ledger, TextScores(emoji[:1], TEXTS))
     assert spent(ledger) == (1, 1)
-    [logits] = ask(KServe(url=url, model="colours"), ledger, TextScores(emoji[:1], TEXTS))
+    [logits] = metered(KServe(url=url, model="colours"), ledger, TextScores(emoji[:1], TEXTS))
     np.testing.assert_allclose(logits, expected(emoji[:1], TEXTS), rtol=1e-5)

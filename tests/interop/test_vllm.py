@@ -13,7 +13,8 @@ import pytest
 from blackbox_vlm.backends.chat import Chat
 from blackbox_vlm.backends.embeddings import Embeddings
 from blackbox_vlm.backends.score import Score
-from foreign import KEY, KEY_ENV, ask, binaries, free_port, run_script, running, spent
+from foreign import KEY, KEY_ENV, binaries, free_port, run_script, running
+from hosted import metered, spent
 from numpy.typing import NDArray
 
 from blackbox_vlm.backend import ImageEmbeddings, Labels, TextEmbeddings, TextScores
@@ -80,7 +81,7 @@ def test_scores_are_the_models_cosines(
     emoji: tuple[Image, ...],
     ledger: Ledger,
 ) -> None:
-    [logits] = ask(score(clip, concurrency=2), ledger, TextScores(emoji[:5], TEXTS))
+    [logits] = metered(score(clip, concurrency=2), ledger, TextScores(emoji[:5], TEXTS))
     np.testing.assert_allclose(logits, 10 * reference["images"] @ reference["texts"].T, atol=1e-3)
     assert spent(ledger) == (5, 0)
 
@@ -101,7 +102,7 @@ def test_the_vectors_are_the_models_own(
         key_env=KEY_ENV,
         encoding_format=encoding_format,
     )
-    images, texts = ask(backend, ledger, ImageEmbeddings(emoji[:5]), TextEmbeddings(TEXTS))
+    images, texts = metered(backend, ledger, ImageEmbeddings(emoji[:5]), TextEmbeddings(TEXTS))
     np.testing.assert_allclose(images, reference["images"], atol=2e-5)
     np.testing.assert_allclose(texts, reference["texts"], atol=2e-5)
     assert spent(ledger) == (6, 0)
@@ -111,7 +112,7 @@ def test_a_text_beyond_77_tokens_is_refused(
     clip: str, emoji: tuple[Image, ...], ledger: Ledger
 ) -> None:
     with pytest.raises(Refused, match=r"answered 400.*maximum context length is 77 tokens"):
-        ask(score(clip), ledger, TextScores(emoji[:2], ("short", "x" * 100)))
+        metered(score(clip), ledger, TextScores(emoji[:2], ("short", "x" * 100)))
     assert spent(ledger) == (1, 0)
 
 
@@ -119,10 +120,10 @@ def test_an_unknown_model_and_a_wrong_key_are_refused(
     clip: str, emoji: tuple[Image, ...], ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Refused, match=r"answered 404.*does not exist"):
-        ask(score(clip, model="nope"), ledger, TextScores(emoji[:2], TEXTS))
+        metered(score(clip, model="nope"), ledger, TextScores(emoji[:2], TEXTS))
     monkeypatch.setenv(KEY_ENV, "sk-of-somebody-else")
     with pytest.raises(AuthError, match="answered 401"):
-        ask(score(clip), ledger, TextScores(emoji[:2], TEXTS))
+        metered(score(clip), ledger, TextScores(emoji[:2], TEXTS))
     assert spent(ledger) == (2, 0)
 
 
@@ -182,6 +183,6 @@ def test_a_class_is_named_in_words(llava: str, emoji: tuple[Image, ...], ledger:
     """A random model says anything; vLLM can be told what the choices are."""
     body = {"structured_outputs": {"choice": list(CLASSES)}}
     backend = chat(llava, mode="labels", body=body)
-    [labels] = ask(backend, ledger, Labels(emoji[:3], CLASSES))
+    [labels] = metered(backend, ledger, Labels(emoji[:3], CLASSES))
     assert all(0 <= label < len(CLASSES) for label in labels)
     assert spent(ledger) == (3, 0)

@@ -15,7 +15,7 @@ from blackbox_vlm.errors import (
     UnknownOutcome,
 )
 from blackbox_vlm.meter import ATTEMPTS
-from blackbox_vlm.testing.bench import HASTY, PATIENT, Bench, Seen
+from blackbox_vlm.testing.matrix.bench import HASTY, PATIENT, Bench, Seen
 from blackbox_vlm.testing.server import Step
 
 Faults = Mapping[str, Step]  # by name

@@ -8,12 +8,13 @@ import pytest
 from blackbox_vlm.backend import Access, ScoreKind
 from blackbox_vlm.contract import MOST_CONSTANT
 from blackbox_vlm.errors import ContractError, ModelChanged, Refused
-from blackbox_vlm.testing.bench import Bench
+from blackbox_vlm.testing.matrix.bench import Bench
+from blackbox_vlm.testing.matrix.verdicts import broken, expect, spoilt
 from blackbox_vlm.testing.server import dripping, reply, replying
-from blackbox_vlm.testing.verdicts import broken, expect, spoilt
 
 
 def no_json(bench: Bench) -> None:
+    """Charged, never believed; an answer in slices is one."""
     page = b"<!doctype html><title>Sign in</title>"
     good = replying(bench.hooks.good_answer)
     bom = replying(lambda body: b"\xef\xbb\xbf" + bench.hooks.good_answer(body))
@@ -33,6 +34,7 @@ def no_json(bench: Bench) -> None:
 
 
 def no_number(bench: Bench) -> None:
+    """Only finite JSON numbers are scores."""
     broken(bench, spoilt(bench, "NaN", "Infinity", "1e999", "text", "true", "null"))
     for step in spoilt(bench, "-0.0").values():
         if bench.capabilities.score_kind is not ScoreKind.SOFTMAX:  # its sum would be another
@@ -40,10 +42,12 @@ def no_number(bench: Bench) -> None:
 
 
 def wrong_length(bench: Bench) -> None:
+    """As many scores as texts, or none count."""
     broken(bench, spoilt(bench, "too short", "too long"))
 
 
 def labels_reordered(bench: Bench) -> None:
+    """Scores are read by their label or index, not by their place."""
     [step] = spoilt(bench, "reordered").values()
     seen, usual = bench.ask(usual=step), bench.ask()
     expect(seen, "reordered", None, calls=1, charged=1)
@@ -51,11 +55,13 @@ def labels_reordered(bench: Bench) -> None:
 
 
 def labels_changed(bench: Bench) -> None:
+    """Every label once, exactly as it was sent."""
     kinds = ("missing", "renamed", "doubled", "extra", "in capitals")
     broken(bench, spoilt(bench, *(f"label {kind}" for kind in kinds)))
 
 
 def improbable(bench: Bench) -> None:
+    """Probabilities are such, and tell texts apart."""
     if bench.capabilities.access not in (Access.SCORES, Access.SOFT):
         pytest.skip("it gives no scores")
     kind = bench.capabilities.score_kind
@@ -68,10 +74,12 @@ def improbable(bench: Bench) -> None:
 
 
 def answer_of_another(bench: Bench) -> None:
+    """An answer belongs to its request."""
     broken(bench, spoilt(bench, "of another request"))
 
 
 def model_changes(bench: Bench) -> None:
+    """Stops: the scores of two models cannot be compared."""
     [step] = spoilt(bench, "other model").values()
     for declared in ({}, {"idempotent": True}, {"on_lost": "resend"}):
         seen = bench.ask([replying(bench.hooks.good_answer), step], count=5, **declared)
@@ -79,6 +87,7 @@ def model_changes(bench: Bench) -> None:
 
 
 def noisy_server(bench: Bench) -> None:
+    """A canary tells whether the same question gets the same answer."""
     [noisy] = spoilt(bench, "noisy").values()
     same = bench.ask(canary=True)
     expect(same, "it repeats itself", None, calls=2, charged=2)
@@ -89,6 +98,7 @@ def noisy_server(bench: Bench) -> None:
 
 
 def one_of_a_batch(bench: Bench) -> None:
+    """What fails alone leaves the others paid for and kept."""
     size = min(32, bench.capabilities.requests_per_batch)
     if size < 2:
         pytest.skip("it takes one request at a time")
@@ -102,6 +112,7 @@ def one_of_a_batch(bench: Bench) -> None:
 
 
 def hostile_json(bench: Bench) -> None:
+    """Depth, digits and doubled names are bounded before anything is used."""
     whole = {
         "200,000 lists": reply(b"[" * 200_000),
         "100,000 objects": reply(b'{"":' * 100_000),

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from blackbox_vlm.errors import ContractError
 
+MOST_BILLED = 1e9  # tokens or USD of one answer
+
 
 def numbers(value: object, shape: tuple[int | None, ...], what: str) -> NDArray[np.float32]:
     """A nested list of real numbers as an array; null stands for a number left out (NaN).
@@ -64,6 +66,16 @@ def member(data: object, name: str, kind: type | tuple[type, ...] = object) -> A
     ):
         raise wrong(f"the answer's {name!r}", f"{kind}", type(value).__name__)
     return value
+
+
+def billed(amount: object) -> float | None:
+    """A number of tokens or USD that an answer reports; None where it is no such number.
+
+    One below zero would refund, and one beyond `MOST_BILLED` is a mistake.
+    """
+    if not isinstance(amount, int | float) or isinstance(amount, bool):
+        return None
+    return amount if 0 <= amount <= MOST_BILLED else None
 
 
 def wrong(what: str, wanted: str, got: str) -> ContractError:

@@ -2,7 +2,7 @@
 
 The scores of an answer are found by their form: a list of objects with a `score`, or else the
 longest list of numbers. Labels are the member `label` of objects in a list. A protocol that looks
-otherwise overrides `FaultHooks.spoil`.
+otherwise overrides `FaultMatrix.spoil`.
 """
 
 from __future__ import annotations
@@ -108,18 +108,16 @@ def _relabel(change: Callable[[list[str]], list[str]]) -> Callable[[Any], bool]:
     return apply
 
 
-def _shorter(data: Any) -> bool:
-    items = [container for container, _ in _scores(data)]
-    where = _longest(data, lambda item: item in items) or (items[0] if items else [])
-    del where[-1:]
-    return bool(items)
+def _resize(change: Callable[[list[Any]], object]) -> Callable[[Any], bool]:
+    """Change the list of the objects with scores, or that of the scores themselves."""
 
+    def apply(data: Any) -> bool:
+        items = [container for container, _ in _scores(data)]
+        if items:
+            change(_longest(data, lambda item: item in items) or items[0])
+        return bool(items)
 
-def _longer(data: Any) -> bool:
-    items = [container for container, _ in _scores(data)]
-    where = _longest(data, lambda item: item in items) or (items[0] if items else [])
-    where += where[-1:]
-    return bool(items)
+    return apply
 
 
 def _reordered(data: Any) -> bool:
@@ -152,15 +150,16 @@ def _of_another_request(data: Any) -> bool:
 
 
 def _other_model(data: Any) -> bool:
-    names = [name for name in ("model", "model_id", "model_name") if name in data]
-    for name in names if isinstance(data, dict) else []:
-        data[name] = f"{data[name]}-2"
-    return bool(names) and isinstance(data, dict)
+    members = data if isinstance(data, dict) else {}
+    names = members.keys() & {"model", "model_id", "model_name"}
+    for name in names:
+        members[name] = f"{members[name]}-2"
+    return bool(names)
 
 
 _CHANGES: dict[str, Callable[[Any], bool]] = {
-    "too short": _shorter,
-    "too long": _longer,
+    "too short": _resize(lambda items: items.pop()),
+    "too long": _resize(lambda items: items.append(items[-1])),
     "reordered": _reordered,
     "label missing": _missing,
     "label renamed": _relabel(lambda labels: [labels[0] + "s", *labels[1:]]),

@@ -31,8 +31,8 @@ from blackbox_vlm.ledger import Ledger, Lost
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.testing.clock import FakeClock
+from blackbox_vlm.testing.matrix.spoils import spoil
 from blackbox_vlm.testing.server import Received, ScriptedServer, Step, replying
-from blackbox_vlm.testing.spoils import spoil
 
 BUDGET = 10_000
 PATIENT = 20.0  # seconds: long enough for a right answer on a busy machine
@@ -53,7 +53,10 @@ class FaultHooks:
         raise NotImplementedError("override make_remote")
 
     def good_answer(self, body: bytes) -> bytes:
-        """The body of a right answer to the body of a request, as JSON."""
+        """The body of a right answer to the body of a request, as JSON.
+
+        Its scores tell the texts apart: the meter stops where they never do.
+        """
         raise NotImplementedError("override good_answer")
 
     def spoil(self, body: bytes, fault: str) -> bytes | None:
@@ -93,6 +96,7 @@ class Bench:
         self.hooks = hooks
         self.folder = folder
         self._ledger = Ledger(folder / "ledger.sqlite", BUDGET)
+        self._ledger._db.execute("PRAGMA synchronous = OFF")  # no row is about a loss of power
         self._tries = 0
         self._port = 0
         self._before = self._ledger.totals()

@@ -8,10 +8,11 @@ import tracemalloc
 from collections.abc import Iterator
 
 from blackbox_vlm.errors import NotSent, UnknownOutcome
-from blackbox_vlm.testing.bench import HASTY, Bench
-from blackbox_vlm.testing.certificates import Authority
+from blackbox_vlm.testing.matrix.bench import HASTY, Bench
+from blackbox_vlm.testing.matrix.verdicts import expect, lost, not_sent, refused
 from blackbox_vlm.testing.server import (
     Act,
+    Authority,
     Received,
     ScriptedServer,
     Step,
@@ -27,30 +28,33 @@ from blackbox_vlm.testing.server import (
     reset,
     sending,
 )
-from blackbox_vlm.testing.verdicts import expect, lost, not_sent, refused
 
 MEMORY = 32 * 2**20  # bytes that a hostile answer may make a client hold
 OVERDUE = 0.3  # seconds of a busy machine
 
 
 def connection_refused(bench: Bench) -> None:
+    """Tried again, never charged; the error names who cannot be reached."""
     with ScriptedServer(hang_up) as gone:
         url = gone.url
     not_sent(bench, url)
 
 
 def connect_timeout(bench: Bench) -> None:
+    """As a refused connection: nothing was sent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call, and says nothing
         not_sent(bench, f"https://127.0.0.1:{silent.getsockname()[1]}")
 
 
 def pool_exhausted(bench: Bench) -> None:
+    """Waiting for a connection is no failure and costs no query."""
     usual = late(0.02, replying(bench.hooks.good_answer))
     seen = bench.ask(count=24, usual=usual, concurrency=12)
     expect(seen, "12 in flight", None, calls=24, charged=24)
 
 
 def untrusted_certificate(bench: Bench) -> None:
+    """Refused at once: nothing is sent, and nothing is tried again without it."""
     stranger = Authority(bench.folder).sign()
     authority = Authority(bench.folder)
     for name, tls in (
@@ -64,6 +68,7 @@ def untrusted_certificate(bench: Bench) -> None:
 
 
 def redirect_elsewhere(bench: Bench) -> None:
+    """Not followed: the other server sees neither the request nor the key."""
     with ScriptedServer(replying(bench.hooks.good_answer)) as other:
         target = {"location": f"{other.url}/other"}
         steps = {str(status): reply(b"", status, target) for status in (301, 302, 307, 308)}
@@ -73,6 +78,8 @@ def redirect_elsewhere(bench: Bench) -> None:
 
 
 def redirect_here(bench: Bench) -> None:
+    """Not followed either, wherever on the same server it leads."""
+
     def around(received: Received) -> list[bytes]:
         return [message(b"", 307, {"location": received.path})]
 
@@ -80,15 +87,18 @@ def redirect_here(bench: Bench) -> None:
 
 
 def read_timeout(bench: Bench) -> None:
+    """Sent, so charged; sent again only where that is free or allowed."""
     lost(bench, {"no answer": never}, HASTY)
 
 
 def connection_reset(bench: Bench) -> None:
+    """The same, at whatever moment the connection ends."""
     half = sending(b"HTTP/1.1 200 OK\r\ncontent-", Act.RESET)
     lost(bench, {"reset": reset, "closed": hang_up, "reset within the headers": half})
 
 
 def keep_alive_closed(bench: Bench) -> None:
+    """A request that was cut off is never sent again in silence."""
     good = replying(bench.hooks.good_answer)
     seen = bench.ask([good, hang_up], count=3)
     expect(seen, "closed as we send", UnknownOutcome, calls=2, charged=2)
@@ -97,6 +107,7 @@ def keep_alive_closed(bench: Bench) -> None:
 
 
 def truncated_body(bench: Bench) -> None:
+    """A part of an answer is no answer."""
     chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n[0.1,\r\n"
     lost(
         bench,
@@ -109,12 +120,14 @@ def truncated_body(bench: Bench) -> None:
 
 
 def dripping_body(bench: Bench) -> None:
+    """The deadline is for the whole answer, not for a single byte."""
     step = dripping(replying(bench.hooks.good_answer), HASTY / 3)
     [seen] = lost(bench, {"a byte at a time": step}, HASTY)
     assert 0.9 * HASTY <= seen.took <= 1.1 * HASTY + OVERDUE
 
 
 def slow_upload(bench: Bench) -> None:
+    """The deadline counts while we send, too."""
     seen = bench.ask(usual=never, timeout=HASTY, reads_bodies=False, picture_side=1300)
     expect(seen, "nobody reads the body", UnknownOutcome, calls=1, charged=1)
     assert seen.took <= 1.1 * HASTY + OVERDUE + 2  # 5 MB are encoded first
@@ -124,6 +137,8 @@ def slow_upload(bench: Bench) -> None:
 
 
 def endless_body(bench: Bench) -> None:
+    """Cut off at what was asked for."""
+
     def endless(received: Received) -> Iterator[bytes | float | Act]:
         yield b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n["
         for _ in range(200 * 16):
@@ -135,6 +150,7 @@ def endless_body(bench: Bench) -> None:
 
 
 def compressed_body(bench: Bench) -> None:
+    """Refused unread: nobody asked for it, and it may grow in memory."""
     bomb = gzip.compress(bytes(2 * MEMORY))
     encoded = {"gzip": bomb, "gzip, gzip": gzip.compress(bomb), "zstd": bytes(99), "br": bytes(99)}
     steps = {
@@ -162,6 +178,7 @@ def _from_here_on(step: Step) -> Step:
 
 
 def header_bomb(bench: Bench) -> None:
+    """Too many headers are no answer."""
     many = {f"x-{number}": "bomb" for number in range(10_000)}
     long = {"100 KiB": {"x-bomb": "b" * 100 * 1024}, "20 KiB": {"x-bomb": "b" * 20 * 1024}}
     headers = long | {"10,000 headers": many}

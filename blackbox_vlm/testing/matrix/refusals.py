@@ -11,12 +11,13 @@ from blackbox_vlm.errors import (
 )
 from blackbox_vlm.meter import ATTEMPTS, RETRIES_AT_FIRST, RETRIES_PER_ANSWER
 from blackbox_vlm.pacing import LONGEST_WAIT, PAUSE
-from blackbox_vlm.testing.bench import Bench, Seen
+from blackbox_vlm.testing.matrix.bench import Bench, Seen
+from blackbox_vlm.testing.matrix.verdicts import TWO_BACK_OFFS, expect, lost, refused
 from blackbox_vlm.testing.server import Received, message, reply, replying
-from blackbox_vlm.testing.verdicts import TWO_BACK_OFFS, expect, lost, refused
 
 
 def rate_limited(bench: Bench) -> None:
+    """Waits as long as it is told, within reason; nonsense counts as not told."""
     now, then = "Sun, 22 Nov 2026 10:00:00 GMT", "Sun, 22 Nov 2026 10:00:02 GMT"
     for waited, headers in (
         ((2.0, 2.0), {"retry-after": "2"}),
@@ -34,6 +35,7 @@ def rate_limited(bench: Bench) -> None:
 
 
 def rate_limited_for_ever(bench: Bench) -> None:
+    """Gives up after few attempts, and the run can be resumed."""
     refusal, vain = reply(b"{}", 429), (PAUSE + LONGEST_WAIT, PAUSE + LONGEST_WAIT + 1)
     for free in (False, True):
         one = bench.ask(usual=refusal, refusals_free=free)
@@ -48,6 +50,7 @@ def rate_limited_for_ever(bench: Bench) -> None:
 
 
 def server_error(bench: Bench) -> None:
+    """The answer is lost: charged, and sent again only where that is free or allowed."""
     lost(bench, {str(status): reply(b"oops", status) for status in (500, 502, 503, 504, 408)})
     seen = bench.ask(usual=reply(b"oops", 503), idempotent=True)
     expect(seen, "always", UnknownOutcome, calls=ATTEMPTS, charged=1, waited=TWO_BACK_OFFS)
@@ -56,6 +59,7 @@ def server_error(bench: Bench) -> None:
 
 
 def server_error_storm(bench: Bench) -> None:
+    """Retries stay few, and the ledger tells what they cost."""
     for every, ends in ((20, None), (3, UnknownOutcome)):
         for declared in ({"idempotent": True}, {"on_lost": "resend"}):
             good = replying(bench.hooks.good_answer)
@@ -72,6 +76,8 @@ def server_error_storm(bench: Bench) -> None:
 
 
 def key_refused(bench: Bench) -> None:
+    """Stops at once, can be resumed, and shows no key."""
+
     def echo(received: Received) -> list[bytes]:
         return [message(repr(_keys(received)).encode(), 401)]
 
@@ -99,6 +105,7 @@ def _keys(received: Received) -> list[str]:
 
 
 def credit_spent(bench: Bench) -> None:
+    """Stops at once, with an exit code of its own."""
     openai = b'{"error": {"code": "insufficient_quota", "message": "check your plan"}}'
     seen = refused(bench, {"402": reply(b"{}", 402), "429": reply(openai, 429)}, QuotaError)
     assert {one.error.exit_code for one in seen if one.error} == {QuotaError.exit_code}
@@ -106,6 +113,7 @@ def credit_spent(bench: Bench) -> None:
 
 
 def request_refused(bench: Bench) -> None:
+    """Stops, and says in a few printable words why."""
     body = b'{"detail": "inputs: field required \x1b[31m' + b"x" * 2_500_000 + b'"}'
     for seen in refused(bench, {str(status): reply(body, status) for status in (400, 404, 422)}):
         told = str(seen.error)
@@ -115,4 +123,5 @@ def request_refused(bench: Bench) -> None:
 
 
 def request_too_large(bench: Bench) -> None:
+    """Stops; nothing is split behind the caller."""
     refused(bench, {"413": reply(b"", 413)})

@@ -3,15 +3,6 @@
 Every row of `ROWS` is one fault. It is tried under the declarations that matter to the bill, and
 each time three numbers must be right: the requests that the server saw, the queries that the ledger
 charged, and the time that was waited (on a fake clock; on the wall where a deadline is meant).
-
-    from blackbox_vlm.testing import FaultMatrix
-
-    class TestMyBackend(FaultMatrix):
-        def make_remote(self, url, timeout, ca_file=None):
-            return MyBackend(endpoint=url, timeout=timeout)
-
-        def good_answer(self, body):
-            return json.dumps({"scores": [0.7, 0.2, 0.1]}).encode()
 """
 
 from __future__ import annotations
@@ -22,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from blackbox_vlm.testing import network, nonsense, refusals
-from blackbox_vlm.testing.bench import Bench, FaultHooks
+from blackbox_vlm.testing.matrix import network, nonsense, refusals
+from blackbox_vlm.testing.matrix.bench import Bench, FaultHooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +68,10 @@ ROWS = (
 
 
 class FaultMatrix(FaultHooks):
-    """Every fault against a backend that speaks to a server. Name the subclass `Test...`."""
+    """Every fault against a backend that speaks to a server. Name the subclass `Test...`.
+
+    Override `make_remote` and `good_answer`, and `spoil` where answers are no JSON.
+    """
 
     @pytest.mark.parametrize("row", ROWS, ids=str)
     def test_fault(self, row: Row, tmp_path: Path) -> None:
