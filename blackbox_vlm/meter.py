@@ -222,7 +222,8 @@ class Meter:
         Raises:
             BackendError: the one that matters most to the run.
         """
-        batch, entered = delivery.left, await self._pacer.enter()
+        again = delivery.since < math.inf
+        batch, entered = delivery.left, await self._pacer.enter(again=again)
         delivery.since = min(delivery.since, entered)
         try:
             outcomes = await self._send(batch, delivery.purpose)

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import time_travel
-from doubles import LinearWorld, declare, scores
+from doubles import LinearWorld, ScriptedBackend, declare, scores
 
 from blackbox_vlm.backend import Outcome, Quota, Request
 from blackbox_vlm.errors import Interrupted, RateLimited
@@ -174,17 +175,66 @@ def test_how_long_the_gate_is_closed(
     assert time_travel.run(work()) == pytest.approx(seconds, abs=0.01)
 
 
-def test_a_refusal_in_vain_waits_for_the_next_minute() -> None:
+def test_refusals_in_vain_wait_for_the_next_minute() -> None:
+    """Three in a row without an answer, the last after a pause: a minute's quota is used up."""
+
     async def work() -> float:
-        pacer = Pacer(1, time_travel.LoopClock())
-        for _ in range(2):
-            entered = await pacer.enter()
-            await asyncio.sleep(LATENCY)
+        pacer = Pacer(2, time_travel.LoopClock())
+        first, second = await pacer.enter(), await pacer.enter()
+        await asyncio.sleep(LATENCY)
+        for entered in (first, second):
             pacer.leave(entered)
             pacer.refused(entered, None)
+        third = await pacer.enter()
+        await asyncio.sleep(LATENCY)
+        pacer.leave(third)
+        pacer.refused(third, None)
         return await pacer.enter()
 
     assert time_travel.run(work()) == pytest.approx(LONGEST_WAIT + 1 + 2 * LATENCY, abs=0.01)
+
+
+def test_a_query_refused_twice_without_a_word_waits_for_the_next_minute(tmp_path: Path) -> None:
+    refusal = RateLimited("429")
+    world = ScriptedBackend(LinearWorld(declare(refusals_free=True)), [refusal, refusal])
+
+    async def work() -> float:
+        with Ledger(tmp_path / "ledger.sqlite", 1) as ledger:
+            await Meter(world, ledger, clock=time_travel.LoopClock()).observe([scores(0)], "search")
+        return asyncio.get_running_loop().time()
+
+    assert LONGEST_WAIT < time_travel.run(work()) < LONGEST_WAIT + 2
+
+
+class Moody(LinearWorld):
+    """A world without a quota that refuses now and then."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(declare(concurrency=16, refusals_free=True))
+        self.share, self.rng = share, np.random.default_rng(4)
+
+    async def answer(self, requests: Sequence[Request]) -> list[Outcome]:
+        await asyncio.sleep(LATENCY)
+        if self.rng.random() < self.share:
+            return [RateLimited("429")]
+        return [*await super().answer(requests)]
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.02, 200), (0.05, 800)])
+def test_refusals_without_a_quota_do_not_slow_us_down_for_ever(
+    tmp_path: Path, share: float, seconds: float
+) -> None:
+    """Pauses of a second would be 40 and 100 s; counting them as granted time took hours."""
+    queries = 2000
+
+    async def work() -> float:
+        with Ledger(tmp_path / "ledger.sqlite", queries) as ledger:
+            ledger._db.execute("PRAGMA synchronous = OFF")
+            meter = Meter(Moody(share), ledger, clock=time_travel.LoopClock())
+            await meter.observe([scores(index) for index in range(queries)], "search")
+        return asyncio.get_running_loop().time()
+
+    assert time_travel.run(work()) < seconds
 
 
 def test_what_flew_in_a_dead_loop_is_in_nobodys_way() -> None:
