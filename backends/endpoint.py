@@ -123,6 +123,7 @@ class HttpBackend(ABC):
         try:
             return await self._answer(call, request)
         except BackendError as error:
+            error.args = (self.transport.scrub(str(error)),)  # an answer may repeat the key
             return error
 
     async def _answer(self, call: Call, request: Request) -> Answer:
@@ -134,7 +135,8 @@ class HttpBackend(ABC):
             self.observer(reply)
         reading = self.decode(reply, request)
         model = self.capabilities.model_id if reading.model_id is None else reading.model_id
-        return Answer(reading.values, model, self._cost(request, reading), reply.quota)
+        named = self.transport.scrub(model)
+        return Answer(reading.values, named, self._cost(request, reading), reply.quota)
 
     def _cost(self, request: Request, reading: Reading) -> float | None:
         cost, price = billed(reading.cost), self.capabilities.price

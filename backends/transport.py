@@ -223,7 +223,7 @@ class Transport:
 
     def _failure(self, error: Exception, progress: Progress) -> BackendError:
         """Before the request was on its way, or after? That is what the budget must know."""
-        said = self._scrub(_one_line(str(error)) or type(error).__name__)
+        said = self.scrub(_one_line(str(error)) or type(error).__name__)
         if isinstance(error, httpx.LocalProtocolError) and not progress.headers_done:
             return NotSent(f"the request to {self._origin} could not be built ({said})", final=True)
         if isinstance(error, _BEFORE) or not progress.begun:
@@ -280,7 +280,7 @@ class Transport:
         except ValueError as error:
             return ContractError(
                 f"{self._origin} answered something that is no JSON that we read ({error}): "
-                f"{self._excerpt(raw.body)}"
+                f"{self._excerpt(raw.body)}. Check the URL and the protocol"
             )
 
     def _refusal(self, raw: _Raw) -> BackendError:
@@ -313,14 +313,15 @@ class Transport:
         try:
             return str(parse_url(location)[0])
         except InputError:
-            return repr(self._scrub(_one_line(location.split("?")[0]))[:SHOWN])
+            return repr(self.scrub(_one_line(location.split("?")[0]))[:SHOWN])
 
     def _excerpt(self, body: bytes) -> str:
         """The start of a body for a message: one printable line, without the key."""
-        text = self._scrub(body[: 16 * SHOWN].decode("utf-8", "replace"))
+        text = self.scrub(body[: 16 * SHOWN].decode("utf-8", "replace"))
         return _one_line(text)[:SHOWN] or "(nothing)"
 
-    def _scrub(self, text: str) -> str:
+    def scrub(self, text: str) -> str:
+        """The text without the keys, whatever an endpoint has made it repeat."""
         for value in self._headers.values():
             if isinstance(value, Secret):
                 text = value.scrub(text)

@@ -367,6 +367,7 @@ class Ledger:
 
 
 def _compare(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
+    stored, given = _flat(stored), _flat(given)
     names = sorted(stored.keys() | given.keys())
     differing = [name for name in names if stored.get(name) != given.get(name)]
     if differing:
@@ -375,6 +376,17 @@ def _compare(stored: dict[str, Any], given: dict[str, Any], path: Path) -> None:
             for name in differing
         )
         raise RunMismatch(f"{path} holds another run: {changes}. Undo this or start another --out")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Members of members by their dotted names, so that a message can show what differs."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": v for inner, v in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _short(value: object) -> str:

@@ -73,7 +73,7 @@ class Reporter:
         if self._first is None or self._spent <= self._first[1]:
             return ""
         pace = (now - self._first[0]) / (self._spent - self._first[1])
-        return f"about {pace * (self._total - self._spent):.0f} s to go"
+        return f"about {pace * max(0, self._total - self._spent):.0f} s to go"
 
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")

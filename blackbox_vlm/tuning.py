@@ -109,7 +109,7 @@ def dry_run(task: Task, capabilities: Capabilities, options: Options) -> Plan:
     if options.max_cost is not None and made.usd is not None and made.usd > options.max_cost:
         raise InputError(
             f"the plan costs {made.usd:g} USD and the limit is {options.max_cost:g}; "
-            "give a smaller --budget or a higher --max-cost"
+            "give a smaller --budget, fewer --shots, or a higher --max-cost"
         )
     return made
 

@@ -20,11 +20,12 @@ import h2.config
 import h2.connection
 import h2.events
 import httpx
+import PIL.Image
 import pytest
 from blackbox_vlm.backends import _client
 from blackbox_vlm.backends.transport import MAX_HEADERS, MAX_REFUSAL, Reply, Transport
 
-from blackbox_vlm.backend import Quota
+from blackbox_vlm.backend import Quota, TextScores, open_backend
 from blackbox_vlm.errors import (
     AuthError,
     BackendError,
@@ -36,6 +37,7 @@ from blackbox_vlm.errors import (
     Refused,
     UnknownOutcome,
 )
+from blackbox_vlm.images import Image
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.secret import Secret
 from blackbox_vlm.testing.server import (
@@ -688,3 +690,26 @@ def test_http2_that_breaks_has_lost_the_answer(fault: str, authority: Authority)
     assert isinstance(error, UnknownOutcome)
     assert not leaks(error)
     assert server.streams == 1
+
+
+def test_a_key_that_an_answer_repeats_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a label, and as the name of the model."""
+    monkeypatch.setenv("ENDPOINT_KEY", KEY)
+    picture = tmp_path / "picture.png"
+    PIL.Image.new("RGB", (4, 4)).save(picture)
+    labels = [{"label": KEY, "score": 0.5}, {"label": "b", "score": 0.5}]
+    scored = {"model": KEY, "data": [{"index": 0, "score": 0.5}], "usage": {}}
+    cases = (("zero-shot", labels, ("a", "b")), ("score", scored, ("a",)))
+    for protocol, body, texts in cases:
+        answers = httpx.MockTransport(
+            lambda _, body=body: httpx.Response(
+                200, stream=httpx.ByteStream(json.dumps(body).encode())
+            )
+        )
+        url = "http://127.0.0.1:1"
+        backend = open_backend(protocol, url=url, model="m", key_env="ENDPOINT_KEY", inner=answers)
+        [outcome] = run_sync(backend.answer([TextScores((Image.from_file(picture),), texts)]))
+        assert KEY not in f"{outcome!r} {outcome}"
+        assert "***" in f"{outcome!r} {outcome}"

@@ -113,7 +113,7 @@ MISTAKES: list[tuple[str, type[ZeroShot] | None, tuple[Any, str, Any] | None]] =
     ("F18", misread(UnknownOutcome, NotSent), None),
     ("F19", None, (meter, "RETRIES_PER_ANSWER", 10)),
     ("F20", misread(Refused, UnknownOutcome), None),
-    ("F20", None, (transport.Transport, "_scrub", lambda self, text: text)),
+    ("F20", None, (transport.Transport, "scrub", lambda self, text: text)),
     ("F21", None, (transport, "_says_no_credit", lambda body: False)),
     ("F22", None, (transport, "SHOWN", 100_000)),
     ("F22", None, (transport, "_one_line", lambda text: text)),
