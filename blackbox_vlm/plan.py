@@ -176,8 +176,8 @@ def _plan_craft(
     if capabilities.soft_prompts is None:
         raise InputError(
             f"method 'craft' searches soft prompts, and this endpoint gives "
-            f"{capabilities.access.value!r} access; use one that takes soft prompts, or "
-            "--method refine"
+            f"{capabilities.access.value!r} access; use one that takes soft prompts "
+            "(the local black box does with --access soft), or --method refine"
         )
     first, last = first_steps(task, capabilities), _passes(task, capabilities, recipe)
     left = budget - sum(step.queries for step in [*first, *last])
