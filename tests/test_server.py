@@ -709,4 +709,4 @@ def test_the_command_prints_an_endpoint_file_that_works(
         assert outcome.values.shape == (2, 2)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (0, "", "")
+        assert (process.returncode, out, err) == (0, "", "Stopped.\n")
