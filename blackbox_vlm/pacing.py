@@ -25,6 +25,8 @@ PAUSE = 1.0  # seconds off after a refusal that names no time
 SLICE = 0.5  # seconds between two looks at whether to stop
 RESOLUTION = 1e-6  # seconds; no clock can be waited for more exactly
 GROWTH = 0.004  # of the rate, per answer: where a quota is met, one request in 22 is refused
+WORK = 0.002  # seconds; what we compute for one answer, amply
+SMOOTHING = 0.1  # the weight of the last trip in the average
 GENTLE = 0.9  # what is left of a rate at least, where few are refused
 STEEP = 0.7  # and where fewer than so many outcomes tell:
 FEW = 5
@@ -93,6 +95,7 @@ class Pacer:
         self._since_before = math.inf  # the end of the refusal before that
         self._answered_before = 0  # of what left between the two
         self._in_a_row = 0  # refusals, without an answer between them
+        self._trip = 0.0  # seconds from entering to leaving, on average
         self._history: deque[_Interval] = deque(maxlen=TREND)
         self._line = asyncio.Lock()
         self._freed = asyncio.Event()
@@ -119,13 +122,14 @@ class Pacer:
             now = self._clock.now()
             if self._since == math.inf:
                 self._since = now
-            self._next = max(now, self._next) + 1 / self._rate
+            self._next = max(now, self._next) + max(1 / self._rate, self._apart())
             self._flying.append(now)
             return now
 
     def leave(self, entered: float) -> None:
         """A request has ended, however it did."""
         self._flying.remove(entered)
+        self._trip += SMOOTHING * (self._clock.now() - entered - self._trip)
         self._freed.set()
 
     def answered(self, entered: float, quota: Quota | None) -> None:
@@ -168,6 +172,14 @@ class Pacer:
         while (left := until - self._clock.now()) > RESOLUTION:
             self._check_stop()
             await self._clock.sleep(min(left, SLICE))
+
+    def _apart(self) -> float:
+        """Seconds that keep answers from coming all at once, to wait for each other's work.
+
+        Half of what they are apart anyway when all places are taken: it costs no throughput.
+        """
+        apart = self._trip / self._most / 2
+        return min(apart, WORK) if apart > WORK / 2 else 0.0  # below, the timers cost more
 
     def _measure(self, until: float) -> None:
         """Set the rate to what is granted from the end of the last refusal to the end of this one.
