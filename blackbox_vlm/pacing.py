@@ -185,14 +185,13 @@ class Pacer:
         """Set the rate to what is granted from the end of the last refusal to the end of this one.
 
         In that time a window grants all that it has, and a bucket fills once for every answer. But
-        the time holds pauses of our own, too: a small share of refusals speaks for a fall of its
-        own size and no more. Of what was granted before the first refusal nothing is learned: it
-        may have been saved up. From then on, one at a time finds out.
+        the time holds pauses of our own, too, so that `_least` bounds the fall. Of what was granted
+        before the first refusal nothing is learned: it may have been saved up. From then on, a few
+        at a time find out.
         """
-        self._window = max(1.0, self._window / 2)
-        if self._refused_at is None:
-            self._window = max(1.0, self._window / 4)
-        elif self._answered and until > self._since:
+        first = self._refused_at is None
+        self._window = max(1.0, self._window / (8 if first else 2))
+        if not first and self._answered and until > self._since:
             granted = self._answered / (until - self._since)
             self._rate = max(granted, self._least()) if self._rate < math.inf else granted
             self._history.append(_Interval(self._rate, self._answered, self._turned_away))
