@@ -82,7 +82,7 @@ class Blackbox(HttpBackend):
         values = member(reply.data, "values", list)
         return Reading(_read(values, request), member(reply.data, "model", str), cost=usd)
 
-    def _content(self, request: Request) -> dict[str, Any]:
+    def _content(self, request: Any) -> dict[str, Any]:
         content: dict[str, Any] = {}
         if not isinstance(request, TextEmbeddings):
             content["images"] = [self.uploads.base64(image) for image in request.images]

@@ -146,13 +146,13 @@ class Chat(HttpBackend):
 
     def decode(self, reply: Reply, request: Any) -> Reading:
         """A row of probabilities over the letters, or one label."""
-        _check_failure(reply.data)
+        check_failure(reply.data)
         choices = member(reply.data, "choices", list)
         if len(choices) != 1:
             raise wrong("the answer's 'choices'", "one", str(len(choices)))
         return Reading(
             self._values(choices[0], request),
-            model_id=_model(reply.data),
+            model_id=model_of(reply.data),
             tokens=optional(reply.data, "usage.total_tokens"),
             cost=optional(reply.data, "usage.cost"),
         )
@@ -212,7 +212,7 @@ class Chat(HttpBackend):
             raise InputError(f"body holds {taken[0]!r}, which other options decide; remove it")
 
 
-def _check_failure(data: object) -> None:
+def check_failure(data: object) -> None:
     """Gateways send status 200 before they know; OpenRouter documents both forms of a failure."""
     error = optional(data, "error") or optional(data, "choices.0.error")
     if error or optional(data, "choices.0.finish_reason") == "error":
@@ -223,5 +223,6 @@ def _check_failure(data: object) -> None:
         )
 
 
-def _model(data: object) -> str | None:
+def model_of(data: object) -> str | None:
+    """Which model a completion says it is by; None where it does not say."""
     return None if optional(data, "model") is None else str(member(data, "model", str))

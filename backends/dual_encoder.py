@@ -150,26 +150,38 @@ class DualEncoder:
             InputError: the model takes no soft prompts, the shapes do not fit, or a text is longer
                 than the model's context.
         """
-        if self._texts is None:
-            raise InputError(
-                f"{self.identity} has a text tower that takes no soft prompts (only causal CLIP "
-                "towers do); use text prompts: --access scores or embeddings"
-            )
-        offsets = np.asarray(offsets, np.float32)
-        if offsets.ndim != 3 or offsets.shape[2] != self.token_width:
-            raise InputError(
-                f"offsets have shape {offsets.shape}; wanted (n_candidates, n_ctx, "
-                f"{self.token_width})"
-            )
+        texts, offsets = self._soft(offsets)
         if not len(offsets) or not len(class_names):
             return np.empty((len(offsets), len(class_names), self.dim), np.float32)
         prompts = self._prompts(template, class_names, offsets.shape[1])
-        starts = self._texts.embed(prompts.start.to(self._device)).repeat(len(offsets), 1, 1)
+        starts = texts.embed(prompts.start.to(self._device)).repeat(len(offsets), 1, 1)
         context = starts.shape[1] - offsets.shape[1]
         starts[:, context:] += torch.from_numpy(offsets).to(self._device)
         ends, reads = prompts.ends.to(self._device), prompts.reads.to(self._device)
-        vectors: Floats = self._texts(starts, ends, reads).cpu().numpy()
+        vectors: Floats = texts(starts, ends, reads).cpu().numpy()
         return vectors
+
+    def nearest_text(self, template: str, offset: NDArray[np.float32]) -> str:
+        """The template of words that is nearest to a soft context, token by token, by cosine.
+
+        Words are the vocabulary's entries that stand for a whole word of letters: each is a token
+        of its own in any text.
+
+        Args:
+            template: a text with {} where the class name goes.
+            offset: (n_ctx, token_width), as in `encode_prompts`.
+
+        Raises:
+            InputError: as `encode_prompts`.
+        """
+        texts, offsets = self._soft(offset[None])
+        start = self._prompts(template, ["a"], offsets.shape[1]).start[1:]  # without [SOS]
+        plain = len(start) - offsets.shape[1]
+        context = texts.embed(start[plain:].to(self._device))
+        context = context + torch.from_numpy(offsets[0]).to(self._device)
+        words = torch.tensor(self._whole_words(), device=self._device)
+        ids = [*start[:plain].tolist(), *texts.nearest(context, words).tolist()]
+        return f"{self._tokenize.decode(ids).strip()} {template[template.index('{}') :]}"
 
     def check_texts(self, template: str, class_names: Sequence[str], context: int) -> None:
         """Check that every class prompt fits, as text and under a soft context of that length.
@@ -288,6 +300,31 @@ class DualEncoder:
             ends=torch.nn.utils.rnn.pad_sequence(ends, batch_first=True),
             reads=torch.tensor([len(end) - 1 for end in ends]),
         )
+
+    def _soft(self, offsets: NDArray[np.float32]) -> tuple[TextTower, Floats]:
+        """The tower that takes soft prompts, and offsets (n_candidates, n_ctx, token_width)."""
+        if self._texts is None:
+            raise InputError(
+                f"{self.identity} has a text tower that takes no soft prompts (only causal CLIP "
+                "towers do); use text prompts: --access scores or embeddings"
+            )
+        offsets = np.asarray(offsets, np.float32)
+        if offsets.ndim != 3 or offsets.shape[2] != self.token_width:
+            raise InputError(
+                f"offsets have shape {offsets.shape}; wanted (n_candidates, n_ctx, "
+                f"{self.token_width})"
+            )
+        return self._texts, offsets
+
+    def _whole_words(self) -> list[int]:
+        """Ids of the tokens that are a whole word of lower-case ASCII letters."""
+        entries = self._tokenize.encoder.items()
+        words = ((text.removesuffix("</w>"), text, token) for text, token in entries)
+        return [
+            token
+            for word, text, token in words
+            if word != text and word.isascii() and word.isalpha() and word.islower()
+        ]
 
     def _words(self, text: str) -> list[int]:
         ids: list[int] = self._tokenize.encode(text)

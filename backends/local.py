@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from blackbox_vlm.backend import (
+    VISION,
     Access,
     Answer,
     Array,
@@ -86,7 +87,7 @@ class LocalBlackBox:
         InputError: unknown model, access or restriction, or weights that cannot be had.
     """
 
-    __slots__ = ("_answer", "capabilities", "check_texts")
+    __slots__ = ("_answer", "capabilities", "check_texts", "nearest_text")
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class LocalBlackBox:
         access: str = "soft",
         **restrictions: Any,
     ) -> None:
-        level = _choice(Access, access, "access")
+        level = _choice(Access, access, "access", VISION)
         limits = _restrictions(restrictions)
         from .dual_encoder import DualEncoder
 
@@ -105,6 +106,7 @@ class LocalBlackBox:
         self.capabilities = _declare(encoder, level, limits)
         self._answer = _answerer(encoder, self.capabilities, limits.noise)
         self.check_texts = _text_checker(encoder, level)
+        self.nearest_text = _word_finder(encoder, level)
 
     async def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer requests, in order; soft prompts over the same images are encoded together.
@@ -123,12 +125,13 @@ def _closed(requests: Sequence[Request]) -> list[Answer]:
     raise InputError("this backend is closed; open it again")
 
 
-def _choice(kind: type[Choice], value: str, name: str) -> Choice:
-    try:
-        return kind(value)
-    except ValueError:
-        options = ", ".join(kind)
-        raise InputError(f"unknown {name} {value!r}; wanted one of {options}") from None
+def _choice(
+    kind: type[Choice], value: str, name: str, options: Sequence[Choice] | None = None
+) -> Choice:
+    wanted = list(kind) if options is None else options
+    if value not in wanted:
+        raise InputError(f"unknown {name} {value!r}; wanted one of {', '.join(wanted)}")
+    return kind(value)
 
 
 def _restrictions(options: dict[str, Any]) -> Restrictions:
@@ -182,7 +185,7 @@ def _answerer(
             text_vectors[texts] = encoder.encode_texts(texts)
         return text_vectors[texts]
 
-    def cosines(request: TextScores | PromptScores | Labels, vectors: Floats) -> Floats:
+    def cosines(request: Any, vectors: Floats) -> Floats:
         return np.asarray(features.of(request.images) @ vectors.T, dtype=np.float32)
 
     def values(request: Request, vectors: Floats | None) -> Array:
@@ -236,6 +239,19 @@ def _text_checker(encoder: DualEncoder, access: Access) -> Callable[[str, tuple[
         encoder.check_texts(template, class_names, context)
 
     return check_texts
+
+
+def _word_finder(
+    encoder: DualEncoder, access: Access
+) -> Callable[[str, NDArray[np.float32]], str] | None:
+    """A function from template and offset to the nearest template of words; soft access only."""
+    if access is not Access.SOFT:
+        return None
+
+    def nearest_text(template: str, offset: NDArray[np.float32]) -> str:
+        return encoder.nearest_text(template, offset)
+
+    return nearest_text
 
 
 class _FeatureCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -108,7 +108,7 @@ class SoftOptions(ScoringOptions):
             `blackbox_vlm.backend.SoftPrompts`.
     """
 
-    access: Access | None = None
+    access: Literal[Access.SOFT, Access.EMBEDDINGS, Access.SCORES, Access.LABEL] | None = None
     context_tokens: Count | None = None
     width: Count | None = None
     token_std: Scale | None = None

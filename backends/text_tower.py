@@ -83,6 +83,16 @@ class TextTower:
         return self._tokens[ids]
 
     @torch.inference_mode()
+    def nearest(self, vectors: Tensor, ids: Tensor) -> Tensor:
+        """Of the tokens `ids` (n,), the one of highest cosine to each of `vectors` (k, width).
+
+        Returns:
+            (k,) token ids.
+        """
+        table = F.normalize(self._tokens[ids], dim=-1)
+        return ids[(F.normalize(vectors, dim=-1) @ table.T).argmax(dim=1)]
+
+    @torch.inference_mode()
     def __call__(self, starts: Tensor, ends: Tensor, reads: Tensor) -> Tensor:
         """Encode every start followed by every end.
 

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from _grid import run_all
 
 RECIPES = ("craft", "craft-paper", "craft-paper-flowers")
 COLUMNS = {
@@ -66,8 +64,7 @@ def main() -> None:
         for data in given.data
         for recipe in given.recipes
     ]
-    rows = run_all(cells, given.results, given.jobs)
-    print_table([row for row in rows if tuple(row["cell"]) in cells], given)
+    print_table(run_all([[cell] for cell in cells], run, given.results, given.jobs), given)
 
 
 def digest(recipe: str) -> str:
@@ -77,27 +74,6 @@ def digest(recipe: str) -> str:
 
     text = repr((__version__, recipe_named(recipe)))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def run_all(cells: list[Cell], results: Path, jobs: int) -> list[dict[str, Any]]:
-    """Run what is not in the results yet; every finished cell is written at once."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    rows = list(read(results))
-    done = {tuple(row["cell"]) for row in rows}
-    missing = [cell for cell in cells if cell not in done]
-    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(jobs) as pool, results.open("a") as file:
-        for future in as_completed([pool.submit(run, cell) for cell in missing]):
-            rows.append(future.result())
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-            print(f"{len(rows)}/{len(cells)} {rows[-1]['cell'][:3]}", flush=True)
-    return rows
-
-
-def read(results: Path) -> Iterator[dict[str, Any]]:
-    if results.exists():
-        yield from map(json.loads, results.read_text().splitlines())
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -128,7 +104,7 @@ def run(cell: Cell) -> dict[str, Any]:
             plain = asyncio.run(plain_logits(meter, task.images, classes, "zero-shot"))
             search = CraftRun(task, plan, recipe, cell.seed, meter, ledger, lambda _: None)
             tuned = asyncio.run(search.run(plain))
-            spent = ledger.totals().queries
+            totals = ledger.totals()
         with Ledger(Path(folder) / "test", 10) as ledger:
             meter = Meter(backend, ledger)
             shown = asyncio.run(plain_logits(meter, test.images, classes, "zero-shot"))
@@ -154,7 +130,8 @@ def run(cell: Cell) -> dict[str, Any]:
         "strategy": tuned.strategy.value,
         "out_of_fold": tuned.verdict
         and {name.value: 100 * value for name, value in tuned.verdict.accuracy.items()},
-        "queries": spent,
+        "queries": totals.queries,
+        "images": totals.images,
         "n_test": len(test),
     }
 

@@ -1,4 +1,4 @@
-"""The tuned artefact: what to ask the endpoint, and how to refine what it answers.
+"""The tuned artefact: what to ask the endpoint about an image, and how to read its answer.
 
 A folder of two files: `adapter_config.json` (what it is, which model it belongs to, how it was made
 and what it cost) and `adapter_model.safetensors` (its numbers). No pickle, ever.
@@ -6,7 +6,6 @@ and what it cost) and `adapter_model.safetensors` (its numbers). No pickle, ever
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,33 +14,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 from scipy.special import softmax
 
+from blackbox_vlm import _adapter_file
 from blackbox_vlm._classes import check_names, check_template
-from blackbox_vlm.backend import Access, Backend, Capabilities, Request
+from blackbox_vlm.backend import Access, Backend, Capabilities
 from blackbox_vlm.batching import distinct
-from blackbox_vlm.craft.guard import Strategy
-from blackbox_vlm.errors import InputError, StorageError
+from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
 from blackbox_vlm.ledger import Ledger
+from blackbox_vlm.local_encoder import join_vectors, open_local_encoder
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import (
-    Logits,
-    plain_logits,
-    plain_requests,
-    prompt_logits,
-    prompt_requests,
-)
+from blackbox_vlm.observations import Floats, Logits, Question, ask
+from blackbox_vlm.observe.choose import Ensemble, ensemble_logits
+from blackbox_vlm.observe.tensors import from_tensors, to_tensors
 from blackbox_vlm.running import run_sync
-from blackbox_vlm.scores import predicted
+from blackbox_vlm.scores import centred, predicted
 from blackbox_vlm.task import Classes
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
-REFINER_NAMES = ("hidden_weight", "hidden_bias", "output_weight", "output_bias")
 
 
 class Predictions(NamedTuple):
@@ -62,22 +51,29 @@ class Adapter:
     """A tuned adapter. Make one with `tune`, or load one with `from_pretrained`.
 
     Attributes:
-        strategy: which modules it deploys.
+        strategy: what it deploys: "zero-shot", "prompt", "refiner", "prompt+refiner", "heads" or
+            "text prompt".
         classes: class names in label order, and the template.
         model_id: the model that it belongs to; it refuses another.
         access: the access level that it asks for.
-        offset: `A z` of the deployed prompt, `(context_tokens, width)` float32, or None.
-        refiner: the four tensors of `g`, or None.
+        question: what it asks about every image.
+        ensemble: what makes logits of the answers.
+        zero_shot: reads the endpoint's own logits off the same answers, `(K, n_classes)` float32;
+            None where they would have to be asked for.
+        local_encoder: spec and identity of the local model whose vectors of an image follow the
+            endpoint's answers; None: nobody's.
         recipe: how it was made: every setting, the seed, the out-of-fold figures.
         cost: what it cost: queries, images, texts, USD.
     """
 
-    strategy: Strategy
+    strategy: str
     classes: Classes
     model_id: str
     access: Access
-    offset: NDArray[np.float32] | None = None
-    refiner: dict[str, NDArray[np.float32]] | None = None
+    question: Question
+    ensemble: Ensemble
+    zero_shot: Floats | None = None
+    local_encoder: tuple[str, str] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
 
@@ -86,7 +82,8 @@ class Adapter:
     def queries(self, n_images: int | Sequence[Image], capabilities: Capabilities) -> int:
         """How many queries predicting so many images costs: one per request that is sent."""
         images = _placeholders(n_images) if isinstance(n_images, int) else tuple(n_images)
-        return len(distinct(self._requests(images, capabilities), capabilities))
+        requests = self.question.requests(images, self.classes, capabilities.access)
+        return len(distinct(requests, capabilities))
 
     def predict(self, images: Sequence[Image], backend: Backend, *, budget: int) -> Predictions:
         """Predict images. Costs one query per request, `queries(images, ...)` in all.
@@ -99,29 +96,29 @@ class Adapter:
 
         self.check(backend.capabilities)
         with TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.sqlite", budget) as book:
-            logits = run_sync(self.logits(Meter(backend, book), images, "predict"))
-        return to_predictions(logits)
+            answers = run_sync(self.answers(Meter(backend, book), images, "predict"))
+        return to_predictions(self.logits(answers))
 
-    async def logits(self, meter: Meter, images: Sequence[Image], purpose: str) -> Logits:
-        """Refined logits of images, `(n_images, n_classes)` float32, asked through a meter."""
+    async def answers(self, meter: Meter, images: Sequence[Image], purpose: str) -> Floats:
+        """What the endpoint answers to the question, asked through a meter, `(n_images, K)`."""
         shown = tuple(images)
         if not shown:
             raise InputError("there are no images to predict; give at least one")
-        if self.offset is not None and self.strategy.uses_prompt:
-            offsets = self.offset[None]
-            plain = (await prompt_logits(meter, shown, self.classes, offsets, purpose))[0]
-        else:
-            plain = await plain_logits(meter, shown, self.classes, purpose)
-        return self.refined(plain)
+        answers = await ask(meter, self.question, shown, self.classes, purpose)
+        if self.local_encoder is None:
+            return answers
+        spec, model_id = self.local_encoder
+        with open_local_encoder(spec) as encoder:
+            encoder.check(model_id)
+            return join_vectors(answers, await encoder.vectors(shown))
 
-    def refined(self, logits: Logits) -> Logits:
-        """`Y_O` of centred logits `Y_I` `(n_images, n_classes)`; without a refiner, `Y_I`."""
-        if self.refiner is None or not self.strategy.uses_refiner:
-            return logits
-        g = self.refiner
-        hidden = np.maximum(logits @ g["hidden_weight"].T + g["hidden_bias"], 0)
-        refined: Logits = logits + hidden @ g["output_weight"].T + g["output_bias"]
-        return refined
+    def logits(self, answers: Floats) -> Logits:
+        """Tuned logits `(n_images, n_classes)` float32 of answers `(n_images, K)`."""
+        return ensemble_logits(self.ensemble, answers)
+
+    def zero_shot_logits(self, answers: Floats) -> Logits | None:
+        """The endpoint's own logits, where they can be read off the answers."""
+        return None if self.zero_shot is None else centred(answers @ self.zero_shot)
 
     def check(self, capabilities: Capabilities) -> None:
         """Refuse a backend that this adapter was not tuned for.
@@ -140,11 +137,6 @@ class Adapter:
                 f"{capabilities.access.value!r}; open it with that access"
             )
 
-    def _requests(self, images: tuple[Image, ...], capabilities: Capabilities) -> list[Request]:
-        if self.offset is not None and self.strategy.uses_prompt:
-            return prompt_requests(images, self.classes, self.offset[None])
-        return plain_requests(capabilities, images, self.classes)
-
     # -- storage ----------------------------------------------------------------------------
 
     def save_pretrained(self, folder: Path) -> None:
@@ -153,24 +145,22 @@ class Adapter:
         Raises:
             StorageError: the folder cannot be written.
         """
-        folder = Path(folder)
-        tensors = {} if self.offset is None else {"offset": self.offset}
-        tensors |= {f"refiner.{name}": array for name, array in (self.refiner or {}).items()}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / WEIGHTS_FILE, save(_contiguous(tensors)))
-            write_atomically(folder / CONFIG_FILE, to_json(self._config()))
-        except OSError as error:
-            raise StorageError(f"cannot write {folder}: {error.strerror}") from error
+        tensors, note = to_tensors(self.ensemble)
+        if self.question.offset is not None:
+            tensors["offset"] = self.question.offset
+        if self.zero_shot is not None:
+            tensors["zero_shot"] = self.zero_shot
+        _adapter_file.write(Path(folder), {**self._config(), "ensemble": note}, tensors)
 
     def _config(self) -> dict[str, Any]:
         return {
-            "format_version": FORMAT_VERSION,
-            "strategy": self.strategy.value,
+            "strategy": self.strategy,
             "class_names": list(self.classes.names),
             "template": self.classes.template,
             "model_id": self.model_id,
             "access": self.access.value,
+            "lists": [list(texts) for texts in self.question.lists],
+            "local_encoder": self.local_encoder,
             "recipe": self.recipe,
             "cost": self.cost,
         }
@@ -183,32 +173,51 @@ class Adapter:
             InputError: a file is missing, of another version, or its contents do not fit.
         """
         path = Path(folder)
-        config, tensors = _read_config(path), _read_weights(path)
+        config, tensors = _adapter_file.read(path)
         try:
             adapter = cls(
-                strategy=Strategy(config["strategy"]),
+                strategy=str(config["strategy"]),
                 classes=_classes_of(config),
                 model_id=str(config["model_id"]),
                 access=Access(config["access"]),
-                offset=tensors.pop("offset", None),
-                refiner={name.removeprefix("refiner."): a for name, a in tensors.items()} or None,
+                question=Question(_lists_of(config), tensors.pop("offset", None)),
+                ensemble=from_tensors(tensors, config["ensemble"]),
+                zero_shot=tensors.get("zero_shot"),
+                local_encoder=_encoder_of(config),
                 recipe=dict(config["recipe"]),
                 cost=dict(config["cost"]),
             )
+            adapter._check_shapes()
         except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{path / CONFIG_FILE} is not an adapter: {error!r}") from None
-        adapter._check_shapes(path)
+            raise InputError(f"{path} is not an adapter: {error!r}") from None
         return adapter
 
-    def _check_shapes(self, path: Path) -> None:
-        n_classes = len(self.classes.names)
-        problem = None
-        if self.strategy.uses_prompt and (self.offset is None or self.offset.ndim != 2):
-            problem = "its strategy deploys a prompt, and there is none of shape (tokens, width)"
-        if self.strategy.uses_refiner:
-            problem = problem or _refiner_problem(self.refiner, n_classes)
-        if problem:
-            raise InputError(f"{path / WEIGHTS_FILE} does not fit its config: {problem}")
+    def _check_shapes(self) -> None:
+        """Raise ValueError where question, readouts and classes do not fit together."""
+        offset, lists = self.question.offset, self.question.lists
+        if offset is not None and offset.ndim != 2:
+            raise ValueError(f"the prompt's offset is {offset.shape}, wanted (tokens, width)")
+        if offset is None and not lists and self.access is not Access.EMBEDDINGS:
+            raise ValueError("there is nothing to ask about an image")
+        wanted = (self._n_answers(), len(self.classes.names))
+        for name, array in (("readout", self.ensemble.readout), ("zero_shot", self.zero_shot)):
+            if array is not None and array.shape != wanted:
+                raise ValueError(f"{name} is {array.shape}, wanted {wanted}")
+
+    def _n_answers(self) -> int:
+        """`K`, as far as the question tells it."""
+        if self.access is Access.EMBEDDINGS or self.local_encoder is not None:
+            return len(self.ensemble.readout)
+        if self.question.offset is not None:
+            return len(self.classes.names)
+        return sum(len(texts) for texts in self.question.lists)
+
+
+def _lists_of(config: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    lists = config["lists"]
+    if not all(isinstance(text, str) for texts in lists for text in texts):
+        raise TypeError("lists must hold lists of texts")
+    return tuple(tuple(texts) for texts in lists)
 
 
 def _classes_of(config: dict[str, Any]) -> Classes:
@@ -218,15 +227,11 @@ def _classes_of(config: dict[str, Any]) -> Classes:
     return Classes(check_names(names), check_template(template))
 
 
-def _refiner_problem(refiner: dict[str, NDArray[np.float32]] | None, n_classes: int) -> str | None:
-    if refiner is None or set(refiner) != set(REFINER_NAMES):
-        return f"wanted the refiner's tensors {', '.join(REFINER_NAMES)}"
-    hidden = refiner["hidden_bias"].shape[0]
-    shapes = ((hidden, n_classes), (hidden,), (n_classes, hidden), (n_classes,))
-    for name, shape in zip(REFINER_NAMES, shapes, strict=True):
-        if refiner[name].shape != shape:
-            return f"refiner.{name} is {refiner[name].shape}, wanted {shape}"
-    return None
+def _encoder_of(config: dict[str, Any]) -> tuple[str, str] | None:
+    if config["local_encoder"] is None:
+        return None
+    spec, model_id = config["local_encoder"]
+    return str(spec), str(model_id)
 
 
 def to_predictions(logits: Logits) -> Predictions:
@@ -234,56 +239,5 @@ def to_predictions(logits: Logits) -> Predictions:
     return Predictions(predicted(logits), softmax(logits, axis=1))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the whole new one, even after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def to_json(value: Any) -> bytes:
-    """Readable JSON, in ASCII, without NaN."""
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
-
-
 def _placeholders(n_images: int) -> tuple[Image, ...]:
     return tuple(Image(Path(), f"{index:064x}") for index in range(n_images))
-
-
-def _contiguous(tensors: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path / CONFIG_FILE}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path / CONFIG_FILE} is not JSON: {error}") from None
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path / CONFIG_FILE} has format version {version!r}, this program reads "
-            f"{FORMAT_VERSION}; use the program that wrote it or tune again"
-        )
-    return dict(config)
-
-
-def _read_weights(path: Path) -> dict[str, NDArray[np.float32]]:
-    try:
-        tensors: dict[str, NDArray[np.float32]] = load_file(path / WEIGHTS_FILE)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"cannot read {path / WEIGHTS_FILE}: {error}") from None
-    for name, array in tensors.items():
-        if array.dtype != np.float32 or not np.isfinite(array).all():
-            raise InputError(f"{path / WEIGHTS_FILE}: {name} is not finite float32")
-    return tensors

@@ -33,6 +33,10 @@ class Access(StrEnum):
     EMBEDDINGS = "embeddings"  # vectors of images and of texts
     SCORES = "scores"  # scores of an image against texts
     LABEL = "label"  # the best text of those offered
+    TEXT = "text"  # no picture at all: a language model that writes
+
+
+VISION = (Access.SOFT, Access.EMBEDDINGS, Access.SCORES, Access.LABEL)  # of a model that sees
 
 
 class ScoreKind(StrEnum):
@@ -235,7 +239,21 @@ class Labels(_OfImages, _OfTexts):
         return (self.n_images,)
 
 
-Request = TextScores | PromptScores | ImageEmbeddings | TextEmbeddings | Labels
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Write on from a prompt; answered by the text's UTF-8 bytes, `(n_bytes,)` uint8."""
+
+    access: ClassVar[Access] = Access.TEXT
+    prompt: str
+    n_images: ClassVar[int] = 0
+    n_texts: ClassVar[int] = 1
+
+    @property
+    def answer_shape(self) -> tuple[int | None, ...]:
+        return (None,)
+
+
+Request = TextScores | PromptScores | ImageEmbeddings | TextEmbeddings | Labels | Completion
 
 
 def query_key(request: Request, identity: str) -> str:
@@ -252,6 +270,8 @@ def query_key(request: Request, identity: str) -> str:
 
 
 def _parts(request: Request) -> list[str | bytes]:
+    if isinstance(request, Completion):
+        return [request.prompt]
     parts: list[str | bytes] = []
     if not isinstance(request, TextEmbeddings):
         parts.append("".join(image.sha256 for image in request.images))
@@ -321,6 +341,25 @@ def check_texts(backend: Backend, template: str, class_names: tuple[str, ...]) -
     check = getattr(backend, "check_texts", None)
     if check is not None:
         check(template, class_names)
+
+
+def nearest_text(backend: Backend, template: str, offset: NDArray[np.float32]) -> str:
+    """The template of words that is nearest to a soft prompt, if a backend knows its vocabulary.
+
+    A backend of soft prompts may offer a method `nearest_text(template, offset)`; a model on one's
+    own machine has no reason not to.
+
+    Raises:
+        InputError: this one offers none.
+    """
+    find = getattr(backend, "nearest_text", None)
+    if find is None:
+        raise InputError(
+            f"{backend.capabilities.model_id} does not turn soft prompts into words; use a local "
+            "CLIP model (its text tower takes soft prompts) with access soft"
+        )
+    found: str = find(template, offset)
+    return found
 
 
 def backend_names() -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from blackbox_vlm.backend import (
     Array,
     Capabilities,
+    Completion,
     ImageEmbeddings,
     Labels,
     PromptScores,
@@ -45,7 +46,7 @@ def split(request: Request, capabilities: Capabilities) -> list[Request]:
     parts: list[Request] = []
     for images in _slices(request.n_images, capabilities.images_per_request):
         rows = request
-        if not isinstance(rows, TextEmbeddings):
+        if not isinstance(rows, TextEmbeddings | Completion):
             rows = replace(rows, images=rows.images[images])
         parts += [_with_texts(rows, texts) for texts in text_slices]
     return parts
@@ -62,9 +63,9 @@ def join(request: Request, answers: Sequence[Array], capabilities: Capabilities)
 
     Returns:
         logits `(n_images, n_texts)` float32 for scores, vectors `(n, dim)` for embeddings, indices
-        `(n_images,)` for labels.
+        `(n_images,)` for labels, bytes for a completion.
     """
-    if isinstance(request, ImageEmbeddings | TextEmbeddings | Labels):
+    if isinstance(request, ImageEmbeddings | TextEmbeddings | Labels | Completion):
         return np.concatenate(list(answers))
     per_row = len(_text_slices(request, capabilities))
     logits = [to_logits(answer, capabilities) for answer in answers]

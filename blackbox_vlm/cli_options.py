@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 PATH = click.Path(path_type=Path)
+# plan.Method; importing that would take numpy with it
+METHODS = ["observe", "gaussian", "prototypes", "linear", "kernel", "refine", "craft", "prompts"]
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -35,7 +37,9 @@ lost_option = click.option(
 )
 method_options = _together(
     click.option(
-        "--method", type=click.Choice(["craft", "refine"]), help="By access, if left out."
+        "--method",
+        type=click.Choice(METHODS),
+        help="Left out, the plan takes what pays best for the endpoint and the budget.",
     ),
     click.option(
         "--recipe",
@@ -45,6 +49,25 @@ method_options = _together(
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     cost_option,
+)
+proposer_options = _together(
+    click.option(
+        "--local-encoder",
+        metavar="MODEL",
+        help="A local image encoder for a student beside the endpoint: nano, NAME:TAG of "
+        "open_clip, hf-hub:..., or a folder.",
+    ),
+    click.option(
+        "--descriptions",
+        type=PATH,
+        help="For method prompts: JSON, a list of texts for every class name.",
+    ),
+    click.option(
+        "--propose-with",
+        type=PATH,
+        help="For method prompts: endpoint file of a language model that proposes templates. Its "
+        "queries count.",
+    ),
 )
 backend_options = _together(
     click.option(

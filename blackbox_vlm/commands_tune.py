@@ -16,6 +16,7 @@ from blackbox_vlm.cli_options import (
     json_option,
     lost_option,
     method_options,
+    proposer_options,
 )
 from blackbox_vlm.console import (
     StopSignals,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=PATH, help="The run's folder.  [default: runs/DATA-METHOD-SEED]")
 @click.option("--dry-run", is_flag=True, help="Print the plan and its exact cost; spend nothing.")
 @method_options
+@proposer_options
 @lost_option
 @data_options
 @backend_options
@@ -55,6 +57,9 @@ def tune(
     backend: str,
     model: str | None,
     pretrained: str | None,
+    local_encoder: str | None,
+    descriptions: Path | None,
+    propose_with: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -72,6 +77,9 @@ def tune(
         backend=str(Path(backend).absolute()) if is_endpoint_file(backend) else backend,
         model=model and _absolute_if_there(model),
         pretrained=pretrained and _absolute_if_there(pretrained),
+        local_encoder=local_encoder and _absolute_if_there(local_encoder),
+        descriptions=None if descriptions is None else str(descriptions.absolute()),
+        propose_with=None if propose_with is None else str(propose_with.absolute()),
         **options,
     )
     if dry_run:
@@ -163,12 +171,17 @@ def _tune(
     from blackbox_vlm.progress import Reporter
     from blackbox_vlm.tuning import tune
 
-    with StopSignals(out) as stop, Reporter(sys.stderr) as reporter:
+    with (
+        StopSignals(out) as stop,
+        Reporter(sys.stderr) as reporter,
+        settings.open_writer() as writer,
+    ):
         return tune(
             task,
             backend,
             out,
             settings.options,
+            writer=writer,
             resume=resume,
             **limits,
             description=settings.to_description(),
@@ -183,12 +196,24 @@ def _show_plan(settings: Settings, *, as_json: bool) -> None:
     from blackbox_vlm.tuning import dry_run
 
     task = settings.load_task()
-    with settings.opened() as backend:
-        plan = dry_run(task, backend.capabilities, settings.options)
+    with settings.opened() as backend, settings.open_writer() as writer:
+        plan = dry_run(
+            task,
+            backend.capabilities,
+            settings.options,
+            writer=writer.capabilities if writer else None,
+        )
     if as_json:
         steps = [dataclasses.asdict(step) for step in plan.steps]
         print_json(
-            {"budget": plan.budget, "queries": plan.queries, "usd": plan.usd, "steps": steps}
+            {
+                "method": plan.method.value,
+                "budget": plan.budget,
+                "queries": plan.queries,
+                "usd": plan.usd,
+                "steps": steps,
+                "notes": plan.notes,
+            }
         )
         return
     rows = [(f"{step.purpose}: {step.why}", queries(step.queries)) for step in plan.steps]
@@ -196,6 +221,8 @@ def _show_plan(settings: Settings, *, as_json: bool) -> None:
         f"method {plan.method.value}, budget {plan.budget}",
         [*rows, ("in all", f"{queries(plan.queries)}, {usd(plan.usd)}")],
     )
+    for note in plan.notes:
+        click.echo(note)
 
 
 def _show_result(result: TuneResult, *, as_json: bool) -> None:
@@ -208,11 +235,15 @@ def _show_result(result: TuneResult, *, as_json: bool) -> None:
             ("zero-shot accuracy", percent(result.zero_shot_accuracy)),
             ("tuned accuracy (out-of-fold)", percent(result.tuned_accuracy)),
             ("queries spent", f"{result.queries_spent} of {result.budget}"),
+            ("queries per prediction", f"{result.queries_per_image}"),
             *_bill(result),
+            *_calibration(result),
             ("adapter", result.adapter),
         ],
     )
     click.echo(result.reason)
+    if result.stopped:
+        click.echo(result.stopped)
 
 
 def _bill(result: TuneResult) -> list[tuple[str, str]]:
@@ -222,6 +253,13 @@ def _bill(result: TuneResult) -> list[tuple[str, str]]:
         [("two answers to one question", f"differ by {result.noise:.2g}")] if result.noise else []
     )
     return [*cost, *noise]
+
+
+def _calibration(result: TuneResult) -> list[tuple[str, str]]:
+    if result.calibration is None:
+        return []
+    ece, low, high = (percent(result.calibration[name]) for name in ("ece", "low", "high"))
+    return [("expected calibration error", f"{ece} (95 %: {low} to {high})")]
 
 
 def _default_run(data: Path, settings: Settings) -> Path:
@@ -236,7 +274,7 @@ def _how(settings: Settings) -> str:
         return settings.method
     if settings.backend != "local":
         return Path(settings.backend).stem
-    return "craft" if settings.access in (None, "soft") else "refine"
+    return settings.access or "soft"
 
 
 def _absolute_if_there(name: str) -> str:

@@ -9,6 +9,7 @@ from blackbox_vlm.backend import (
     Answer,
     Array,
     Capabilities,
+    Completion,
     ImageEmbeddings,
     Labels,
     PromptScores,
@@ -84,15 +85,26 @@ def check_answer(request: Request, answer: Answer, capabilities: Capabilities) -
     wanted, got = request.answer_shape, answer.values.shape
     if len(got) != len(wanted) or any(w not in (None, g) for w, g in zip(wanted, got, strict=True)):
         raise ContractError(f"wanted an answer of shape {wanted}, got {got}")
-    if answer.values.dtype.kind not in ("iu" if isinstance(request, Labels) else "f"):
-        kind = "whole numbers" if isinstance(request, Labels) else "floating-point numbers"
-        raise ContractError(f"wanted {kind}, got {answer.values.dtype}")
+    _check_type(request, answer.values)
+    if isinstance(request, Completion):
+        return
     if isinstance(request, Labels):
         _check_labels(answer.values, request.n_texts)
     elif isinstance(request, ImageEmbeddings | TextEmbeddings):
         _check_finite(answer.values)
     else:
         _check_scores(answer.values, capabilities)
+
+
+def _check_type(request: Request, values: Array) -> None:
+    if isinstance(request, Completion):
+        kinds, wanted = "u", "bytes"
+    elif isinstance(request, Labels):
+        kinds, wanted = "iu", "whole numbers"
+    else:
+        kinds, wanted = "f", "floating-point numbers"
+    if values.dtype.kind not in kinds:
+        raise ContractError(f"wanted {wanted}, got {values.dtype}")
 
 
 def _check_labels(values: Array, n_texts: int) -> None:

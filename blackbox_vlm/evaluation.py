@@ -41,11 +41,10 @@ class Evaluation:
 def evaluation_cost(adapter: Adapter, task: Task, backend: Backend) -> int:
     """Queries that `evaluate` spends: the tuned predictions, and the plain ones to compare with."""
     capabilities = backend.capabilities
-    plain = plain_requests(capabilities, task.images, adapter.classes)
-    cost = len(distinct(plain, capabilities))
-    if not adapter.strategy.uses_prompt:  # the refiner works on the plain predictions
-        return cost
-    return cost + adapter.queries(task.images, capabilities)
+    asked = adapter.question.requests(task.images, adapter.classes, capabilities.access)
+    if adapter.zero_shot is None:
+        asked = [*asked, *plain_requests(capabilities, task.images, adapter.classes)]
+    return len(distinct(asked, capabilities))
 
 
 def evaluate(
@@ -78,10 +77,11 @@ def evaluate(
     allowed = _allowed(budget, evaluation_cost(adapter, task, backend), "this evaluation")
 
     async def ask(meter: Meter) -> tuple[Logits, Logits]:
-        plain = await plain_logits(meter, task.images, adapter.classes, "zero-shot")
-        if not adapter.strategy.uses_prompt:
-            return plain, adapter.refined(plain)
-        return plain, await adapter.logits(meter, task.images, "tuned")
+        answers = await adapter.answers(meter, task.images, "tuned")
+        plain = adapter.zero_shot_logits(answers)
+        if plain is None:
+            plain = await plain_logits(meter, task.images, adapter.classes, "zero-shot")
+        return plain, adapter.logits(answers)
 
     (plain, tuned), spent = _spend(ask, backend, ledger, allowed, max_cost, on_lost)
     return Evaluation(
@@ -90,7 +90,7 @@ def evaluate(
         n_images=len(task),
         queries_spent=spent,
         budget=allowed,
-        strategy=adapter.strategy.value,
+        strategy=adapter.strategy,
     )
 
 
@@ -120,7 +120,7 @@ def predict(
     allowed = _allowed(budget, cost, "this prediction")
 
     async def ask(meter: Meter) -> Logits:
-        return await adapter.logits(meter, images, "predict")
+        return adapter.logits(await adapter.answers(meter, images, "predict"))
 
     logits, spent = _spend(ask, backend, ledger, allowed, max_cost, on_lost)
     return to_predictions(logits), spent

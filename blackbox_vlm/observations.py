@@ -1,10 +1,13 @@
-"""What the endpoint says of a task's images, as centred logits, whatever its access level.
+"""What is asked about images, and what the answers look like to a method.
 
-The two questions that everything else is made of: the plain predictions under the task's own texts,
-and the predictions under soft prompts. Both go through the meter.
+A `Question` is asked about every image alike, while tuning and while predicting. Its answers are
+numbers per image, `(n_images, K)` float32, whatever the access level: a unit vector, centred logits
+of texts, or votes. A readout `(K, n_classes)` makes the endpoint's own logits of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,36 +25,100 @@ from blackbox_vlm.backend import (
 )
 from blackbox_vlm.images import Image
 from blackbox_vlm.meter import Meter
+from blackbox_vlm.observe.naive_bayes import CONFIDENCE
+from blackbox_vlm.observe.votes import encode_votes, vote_readout
 from blackbox_vlm.scores import centred
 from blackbox_vlm.task import Classes
 
-Logits = NDArray[np.float32]
+Floats = NDArray[np.float32]
+Logits = Floats
 
-LABEL_CONFIDENCE = 0.9  # what a bare label is worth as a probability; nothing better is known
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked about an image.
+
+    Attributes:
+        lists: texts to be scored, or to choose from; an observation each. None where vectors are
+            asked for, or scores under a soft prompt.
+        offset: `A z` of a soft prompt, `(context_tokens, width)` float32, or None.
+    """
+
+    lists: tuple[tuple[str, ...], ...] = ()
+    offset: NDArray[np.float32] | None = None
+
+    def requests(
+        self, images: tuple[Image, ...], classes: Classes, access: Access
+    ) -> list[Request]:
+        """The observations, of any size, that answer it for these images."""
+        if self.offset is not None:
+            return prompt_requests(images, classes, self.offset[None])
+        if access is Access.EMBEDDINGS:
+            return [ImageEmbeddings(images)]
+        kind = Labels if access is Access.LABEL else TextScores
+        return [kind(images, texts) for texts in self.lists]
 
 
-def plain_requests(
-    capabilities: Capabilities, images: tuple[Image, ...], classes: Classes
-) -> list[Request]:
-    """The observations behind the plain predictions, by access level."""
+async def ask(
+    meter: Meter,
+    question: Question,
+    images: tuple[Image, ...],
+    classes: Classes,
+    purpose: str,
+) -> Floats:
+    """The answers `(n_images, K)` to a question."""
+    access = meter.capabilities.access
+    arrays = await meter.observe(question.requests(images, classes, access), purpose)
+    if access is Access.EMBEDDINGS:
+        return unit(arrays[0])
+    if access is Access.LABEL:
+        return encode_votes(np.stack(arrays, axis=1), [len(texts) for texts in question.lists])
+    return np.concatenate([centred(array) for array in arrays], axis=1)
+
+
+def plain_question(access: Access, classes: Classes) -> Question:
+    """What the endpoint's own prediction is read from."""
+    return Question() if access is Access.EMBEDDINGS else Question((classes.texts,))
+
+
+async def plain_readout(meter: Meter, classes: Classes, purpose: str) -> Floats:
+    """What makes zero-shot logits of the answers to `plain_question`, `(K, n_classes)`.
+
+    Asks for the class texts' vectors where the access level is embeddings, and nothing elsewhere.
+    """
+    capabilities = meter.capabilities
     if capabilities.access is Access.EMBEDDINGS:
-        return [ImageEmbeddings(images), TextEmbeddings(classes.texts)]
+        [texts] = await meter.observe([TextEmbeddings(classes.texts)], purpose)
+        return vector_readout(texts, capabilities.logit_scale)
+    n_classes = len(classes.names)
     if capabilities.access is Access.LABEL:
-        return [Labels(images, classes.texts)]
-    return [TextScores(images, classes.texts)]
+        return vote_readout([n_classes], n_classes, CONFIDENCE)
+    return np.eye(n_classes, dtype=np.float32)
+
+
+def vector_readout(texts: Array, scale: float) -> Floats:
+    """The readout `(dim, n_texts)` of vectors, from the texts' own `(n_texts, dim)`."""
+    return np.asarray(unit(texts).T * scale, dtype=np.float32)
 
 
 async def plain_logits(
     meter: Meter, images: tuple[Image, ...], classes: Classes, purpose: str
 ) -> Logits:
     """Zero-shot logits, centred per image, `(n_images, n_classes)` float32."""
-    capabilities = meter.capabilities
-    arrays = await meter.observe(plain_requests(capabilities, images, classes), purpose)
-    if capabilities.access is Access.EMBEDDINGS:
-        return _cosine_logits(arrays[0], arrays[1], capabilities.logit_scale)
-    if capabilities.access is Access.LABEL:
-        return label_logits(arrays[0], len(classes.names))
-    return centred(arrays[0])
+    question = plain_question(meter.capabilities.access, classes)
+    answers = await ask(meter, question, images, classes, purpose)
+    return centred(answers @ await plain_readout(meter, classes, purpose))
+
+
+def plain_requests(
+    capabilities: Capabilities, images: tuple[Image, ...], classes: Classes
+) -> list[Request]:
+    """The observations behind the plain predictions, by access level."""
+    asked = plain_question(capabilities.access, classes).requests(
+        images, classes, capabilities.access
+    )
+    texts = [TextEmbeddings(classes.texts)] if capabilities.access is Access.EMBEDDINGS else []
+    return [*asked, *texts]
 
 
 def prompt_requests(
@@ -73,20 +140,7 @@ async def prompt_logits(
     return centred(np.stack(await meter.observe(requests, purpose)))
 
 
-def label_logits(labels: Array, n_classes: int) -> Logits:
-    """A bare label as logits: `LABEL_CONFIDENCE` on it, the rest shared evenly.
-
-    `NO_LABEL` says nothing of any class: its row is zero.
-    """
-    margin = np.log(LABEL_CONFIDENCE / (1 - LABEL_CONFIDENCE) * (n_classes - 1))
-    chosen = (labels[:, None] == np.arange(n_classes)).astype(np.float32)
-    return centred(chosen * np.float32(margin))
-
-
-def _cosine_logits(images: Array, texts: Array, scale: float) -> Logits:
-    return centred(_unit(images) @ _unit(texts).T * np.float32(scale))
-
-
-def _unit(vectors: Array) -> Array:
-    unit: Array = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return unit
+def unit(vectors: Array) -> Floats:
+    """Rows divided by their length; a zero row stays zero."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from blackbox_vlm.adapter import to_json, write_atomically
+from blackbox_vlm._files import to_json, write_atomically
 from blackbox_vlm.errors import InputError, StorageError
 
 

@@ -27,9 +27,11 @@ from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, prompt_logits
 from blackbox_vlm.plan import Plan, Stage
+from blackbox_vlm.scores import predicted
 from blackbox_vlm.task import Task
 
 CHECKPOINT = "craft"
+CLEARLY = 2.0  # standard errors by which a rival must lead for a search to stop half-way
 SAVE_EVERY = 4  # generations; a full covariance takes 4 MB, the answers since then are replayed
 
 
@@ -43,8 +45,8 @@ class Progress(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What tuning ends with: every module, and which of them to deploy.
+class Searched:
+    """What CraFT ends with: every module, and which of them to deploy.
 
     Attributes:
         strategy: what is deployed.
@@ -93,19 +95,28 @@ class CraftRun:
         self._finished: list[Finished] = []
         self._trajectory: list[Record] = []
 
-    async def run(self, plain: Logits) -> Tuned:
-        """Search on every fold and on everything, then let the guard choose.
+    async def run(self, plain: Logits, rival: Logits | None = None) -> Searched | Verdict:
+        """Search on every fold, let the guard judge, search on everything.
 
         Args:
             plain: the endpoint's zero-shot logits of the task's images, `(N, C)`.
+            rival: out-of-fold logits of something that costs nothing, `(N, C)`; where it turns out
+                to be better, the search stops, and the verdict so far is returned.
         """
         state = self._restore()
-        for index in range(len(self._finished), len(self._plan.stages)):
-            self._finished.append(await self._search(index, state or self._start(index)))
-            state = None
-        *folds, final = self._finished
-        verdict = await self._verdict(folds, plain)
-        return Tuned(
+        n_folds = len(self._plan.stages) - 1
+        verdict = None
+        for index in range(n_folds):
+            if index >= len(self._finished):
+                self._finished.append(await self._search(index, state or self._start(index)))
+                state = None
+            verdict = await self._judge(index + 1, plain)
+            if rival is not None and self._loses(verdict, rival, last=index == n_folds - 1):
+                return verdict
+        if len(self._finished) == n_folds:
+            self._finished.append(await self._search(n_folds, state or self._start(n_folds)))
+        final = self._finished[-1]
+        return Searched(
             strategy=verdict.chosen if verdict else Strategy.BOTH,
             verdict=verdict,
             offset=self._offsets([final])[0],
@@ -165,14 +176,21 @@ class CraftRun:
 
     # -- after the searches -------------------------------------------------------------------
 
-    async def _verdict(self, folds: list[Finished], plain: Logits) -> Verdict | None:
-        if not folds:
-            return None
-        logits = await self._ask(self._images, self._offsets(folds), "guard")
-        refiners = [fold.refiner.refiner for fold in folds]
-        searches = [FoldSearch(*pair) for pair in zip(logits, refiners, strict=True)]
-        members = [stage.members for stage in self._plan.stages[:-1]]
+    async def _judge(self, n_folds: int, plain: Logits) -> Verdict:
+        """The verdict on the folds searched so far."""
+        searches = []
+        for fold in self._finished[:n_folds]:
+            [logits] = await self._ask(self._images, self._offsets([fold]), "guard")
+            searches.append(FoldSearch(logits, fold.refiner.refiner))
+        members = [stage.members for stage in self._plan.stages[:n_folds]]
         return judge(self._recipe, self._seed, self._labels, plain, members, searches)
+
+    def _loses(self, verdict: Verdict, rival: Logits, *, last: bool) -> bool:
+        """Whether a rival is better out-of-fold: after the last fold at all, before it clearly."""
+        right = (predicted(rival) == self._labels)[verdict.held]
+        gain = right.astype(np.float64) - verdict.correct
+        error = gain.std() / np.sqrt(len(gain))
+        return bool(gain.mean() >= 0 if last else gain.mean() > CLEARLY * error)
 
     async def _final_refiner(self, final: Finished) -> Refiner:
         """The refiner that goes with the deployed prompt."""

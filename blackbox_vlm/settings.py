@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from blackbox_vlm.backend import Backend, open_backend
+from blackbox_vlm.backend import Access, Backend, open_backend
 from blackbox_vlm.endpoint import SUFFIX, closing, open_endpoint
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import SUFFIXES, quote
@@ -42,6 +43,9 @@ class Settings:
     device: str | None = None
     access: str | None = None
     restrict: tuple[str, ...] = ()
+    local_encoder: str | None = None
+    descriptions: str | None = None  # a JSON file: class name -> texts
+    propose_with: str | None = None  # the endpoint file of a language model
 
     @classmethod
     def from_run(cls, run: Path) -> Self:
@@ -66,8 +70,11 @@ class Settings:
     @property
     def options(self) -> Options:
         """What `tune` is asked to do."""
-        names = [field.name for field in dataclasses.fields(Options)]
-        return Options(**{name: getattr(self, name) for name in names})
+        names = {field.name for field in dataclasses.fields(Options)} - {"descriptions"}
+        descriptions = self.descriptions and read_descriptions(Path(self.descriptions))
+        return Options(
+            **{name: getattr(self, name) for name in names}, descriptions=descriptions or None
+        )
 
     def load_task(self) -> Task:
         """The training images, sampled."""
@@ -96,6 +103,22 @@ class Settings:
             self._check_alone(given)
             return open_endpoint(Path(self.backend))
         return self._open_named({**given, **parse_restrictions(self.restrict)})
+
+    def open_writer(self) -> AbstractContextManager[Backend | None]:
+        """The language model that proposes text prompts, to be used in a `with`.
+
+        Raises:
+            InputError: the file is none of an endpoint that writes.
+        """
+        if self.propose_with is None:
+            return nullcontext()
+        writer = open_endpoint(Path(self.propose_with))
+        if writer.capabilities.access is not Access.TEXT:
+            raise InputError(
+                f"{quote(self.propose_with)} is an endpoint of {writer.capabilities.access.value!r} "
+                'access; wanted one that writes: protocol = "writer"'
+            )
+        return closing(writer)
 
     def _open_named(self, options: Mapping[str, Any]) -> Backend:
         try:
@@ -146,6 +169,29 @@ def load_task(
     if data.is_file():
         return Task.from_csv(data, classes=classes, template=template, strict=strict)
     return Task.from_folder(data, classes=classes, template=template, split=split, strict=strict)
+
+
+def read_descriptions(path: Path) -> dict[str, list[str]]:
+    """Texts of every class from a JSON file, as the CuPL project writes them.
+
+    Raises:
+        InputError: it is no object of class names and lists of texts.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {quote(path)}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{quote(path)} is not JSON: {error}") from None
+    lists = list(data.values()) if isinstance(data, dict) else [None]
+    if not all(isinstance(texts, list) and texts for texts in lists) or not all(
+        isinstance(text, str) for texts in lists for text in texts
+    ):
+        raise InputError(
+            f"{quote(path)} is not class descriptions; wanted an object of class names, each with "
+            'a list of texts: {"cat": ["a cat has whiskers", ...], ...}'
+        )
+    return dict(data)
 
 
 def parse_restrictions(texts: Sequence[str]) -> dict[str, str | int | float]:

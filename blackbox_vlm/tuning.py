@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from blackbox_vlm._version import __version__
 from blackbox_vlm.adapter import Adapter
 from blackbox_vlm.backend import Backend, Capabilities, check_texts
-from blackbox_vlm.craft.craft import fit_refiner
-from blackbox_vlm.craft.guard import Strategy, Verdict, judge
-from blackbox_vlm.craft.recipes import Recipe, recipe_named
+from blackbox_vlm.beside import Beside
+from blackbox_vlm.craft.guard import Verdict
+from blackbox_vlm.craft.recipes import recipe_named
+from blackbox_vlm.deployment import Deployment, of_craft, of_heads
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.ledger import Ledger, Lost, Totals
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
-from blackbox_vlm.plan import (
-    Method,
-    Plan,
-    check_max_cost,
-    default_method,
-    fold_members,
-    make_plan,
-    needs_canary,
-)
+from blackbox_vlm.observe.choose import HEADS
+from blackbox_vlm.observing import observe
+from blackbox_vlm.plan import Method, Plan, check_max_cost, needs_canary
+from blackbox_vlm.plan_prompts import plan_prompts
+from blackbox_vlm.planner import make_plan
+from blackbox_vlm.prompting import tune_prompts
 from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.running import run_sync
-from blackbox_vlm.scores import predicted
-from blackbox_vlm.search import CraftRun, Progress, Tuned
+from blackbox_vlm.search import CraftRun, Progress, Searched
 from blackbox_vlm.task import Task
-
-REFINE_FOLDS = 5  # folds cost nothing where one pass is all that is asked
 
 
 @dataclass(frozen=True)
@@ -45,11 +37,15 @@ class Options:
 
     Attributes:
         budget: queries that may be spent.
-        method: "craft" or "refine"; None chooses by access level.
+        method: one of `plan.Method`; None plans what pays best for the endpoint and the budget.
         recipe: the settings of CraFT, by name.
         seed: of everything random.
         max_cost: USD that may be spent.
         on_lost: what to do about a query whose answer was lost: "stop", or "resend" and pay again.
+        local_encoder: a local model whose vectors describe the images beside the endpoint's
+            answers, see `local_encoder.open_local_encoder`; for method "prompts", the surrogate
+            whose soft prompts propose words.
+        descriptions: texts for every class, by class name, which method "prompts" tries too.
     """
 
     budget: int
@@ -58,6 +54,8 @@ class Options:
     seed: int = 0
     max_cost: float | None = None
     on_lost: Lost = "stop"
+    local_encoder: str | None = None
+    descriptions: Mapping[str, Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,11 @@ class TuneResult:
         tuned_accuracy: out-of-fold, of the strategy that was chosen; None without a guard.
         strategy: what the adapter deploys.
         queries_spent: of `budget`; `queries_planned` of them were foreseen.
+        queries_per_image: what predicting one image costs.
+        stopped: why the run stopped before its plan was done; None if it did not.
+        out_of_fold_accuracy: of every strategy that was compared; empty where nothing could be.
+        calibration: temperature, expected calibration error and its interval, out-of-fold; None
+            where nothing could be judged.
         cost_usd: None where the endpoint declares no price.
         noise: the largest difference between two answers to one question; None if not asked.
         adapter: its folder.
@@ -88,13 +91,29 @@ class TuneResult:
     tuned_accuracy: float | None
     noise: float | None
     spent_by_purpose: dict[str, int]
+    queries_per_image: int
+    stopped: str | None
+    out_of_fold_accuracy: dict[str, float]
+    calibration: dict[str, float] | None
     n_images: int
     n_classes: int
     adapter: str
 
 
-def dry_run(task: Task, capabilities: Capabilities, options: Options) -> Plan:
+def dry_run(
+    task: Task,
+    capabilities: Capabilities,
+    options: Options,
+    *,
+    writer: Capabilities | None = None,
+) -> Plan:
     """What `tune` would ask and what that would cost. Spends nothing.
+
+    Args:
+        task: labelled images.
+        capabilities: of the endpoint.
+        options: the budget, and how to spend it.
+        writer: of the language model that proposes text prompts, if there is one.
 
     Raises:
         InputError: the data, the access level or the budget does not allow it.
@@ -102,10 +121,27 @@ def dry_run(task: Task, capabilities: Capabilities, options: Options) -> Plan:
     _check_options(options)
     check_max_cost(options.max_cost, capabilities)
     recipe = recipe_named(options.recipe)
-    method = _method(options.method) or default_method(capabilities.access)
-    made = make_plan(
-        task, capabilities, recipe, budget=options.budget, method=method, seed=options.seed
-    )
+    method = _method(options.method)
+    _check_proposers(options, method, writer)
+    if method is Method.PROMPTS:
+        made = plan_prompts(
+            task,
+            capabilities,
+            options.budget,
+            options.seed,
+            descriptions=options.descriptions,
+            writer=writer,
+        )
+    else:
+        made = make_plan(
+            task,
+            capabilities,
+            recipe,
+            budget=options.budget,
+            method=method,
+            seed=options.seed,
+            student=options.local_encoder is not None,
+        )
     if options.max_cost is not None and made.usd is not None and made.usd > options.max_cost:
         raise InputError(
             f"the plan costs {made.usd:g} USD and the limit is {options.max_cost:g}; "
@@ -120,6 +156,7 @@ def tune(
     out: Path | str,
     options: Options,
     *,
+    writer: Backend | None = None,
     resume: bool = False,
     budget: int | None = None,
     max_cost: float | None = None,
@@ -136,6 +173,8 @@ def tune(
         backend: the endpoint.
         out: the run's folder; it must not hold a run yet unless `resume`.
         options: the budget, and how to spend it.
+        writer: a language model that proposes text prompts for method "prompts"; its queries are
+            counted like all others.
         resume: go on with the run in `out`, or find it finished; nothing settled is paid again.
         budget, max_cost: other limits from here on, for a run that is resumed and whose own cannot
             pay for the rest of its plan, since answers were lost or refusals billed. The plan stays
@@ -154,7 +193,9 @@ def tune(
         BackendError, StorageError: the endpoint or the disk failed; the run can be resumed.
     """
     limited = options if max_cost is None else replace(options, max_cost=max_cost)
-    made = dry_run(task, backend.capabilities, limited)
+    made = dry_run(
+        task, backend.capabilities, limited, writer=writer.capabilities if writer else None
+    )
     check_texts(backend, task.template, task.class_names)
     run = RunDirectory(Path(out))
     with ExitStack() as stack:
@@ -164,17 +205,22 @@ def tune(
         run.mark_started()
         on_plan(replace(made, budget=ledger.totals().budget))
         on_spent(ledger.spent())
-        meter = Meter(
-            backend,
-            ledger,
-            on_lost=options.on_lost,
-            should_stop=should_stop,
-            on_spent=on_spent,
+        meter, *writers = (
+            Meter(
+                one,
+                ledger,
+                on_lost=options.on_lost,
+                should_stop=should_stop,
+                on_spent=on_spent,
+            )
+            for one in (backend, *([writer] if writer else []))
         )
-        work = _tune(task, made, options, meter, ledger, on_progress)
-        tuned, plain, noise = run_sync(work)
-        result = _result(task, made, options, tuned, plain, noise, ledger, run)
-        adapter = _adapter(task, backend.capabilities, options, tuned, result, ledger.totals())
+        local = Beside(options.local_encoder, options.descriptions, run, stack, writers)
+        work = _tune(task, made, options, meter, ledger, local, on_progress)
+        deployed = run_sync(work)
+        adapter = _adapter(task, backend.capabilities, made, options, deployed, ledger.totals())
+        result = _result(task, made, options, deployed, ledger, run)
+        result = replace(result, queries_per_image=adapter.queries(1, backend.capabilities))
         adapter.save_pretrained(run.adapter)
         run.write_result(asdict(result))
     return result
@@ -214,40 +260,67 @@ async def _tune(
     options: Options,
     meter: Meter,
     ledger: Ledger,
+    local: Beside,
     on_progress: Callable[[Progress], None],
-) -> tuple[Tuned, Logits, float | None]:
+) -> Deployment:
+    """Perform the plan: observe, let the heads compete, let CraFT try to beat them."""
     recipe = recipe_named(options.recipe)
+    if made.races:
+        return await tune_prompts(meter, task, made, options.seed, local.proposers())
+
+    async def craft(plain: Logits, rival: Logits | None = None) -> Searched | Verdict:
+        run = CraftRun(task, made, recipe, options.seed, meter, ledger, on_progress)
+        return await run.run(plain, rival)
+
+    if made.question is None:
+        plain, noise = await _plain(task, meter)
+        searched = await craft(plain)
+        assert isinstance(searched, Searched)  # it stops early only for a rival
+        return of_craft(searched, recipe.name, plain, task, noise)
+    encoder = local.encoder()
+    observed = await observe(meter, task, made, options.seed, encoder)
+    access = meter.capabilities.access
+    heads, rival = of_heads(observed, task, made.method, access, options.seed)
+    if encoder is not None and options.local_encoder and heads.strategy == HEADS:
+        heads = replace(heads, local_encoder=(options.local_encoder, encoder.identity))
+    if not made.stages:
+        return heads
+    outcome = await craft(observed.plain, rival)
+    if isinstance(outcome, Searched):
+        craft_won = of_craft(outcome, recipe.name, observed.plain, task, observed.noise)
+        return replace(craft_won, accuracy={**heads.accuracy, **craft_won.accuracy})
+    return _without_craft(heads, outcome)
+
+
+async def _plain(task: Task, meter: Meter) -> tuple[Logits, float | None]:
+    """The endpoint's own predictions, and its noise where answers may vary."""
     plain = await plain_logits(meter, task.images, task.classes, "zero-shot")
-    noise = None
-    if needs_canary(meter.capabilities):
-        first = plain_requests(meter.capabilities, task.images, task.classes)[0]
-        noise = await meter.canary(first)
-    if made.method is Method.REFINE:
-        return _refine(task, recipe, options.seed, plain), plain, noise
-    run = CraftRun(task, made, recipe, options.seed, meter, ledger, on_progress)
-    return await run.run(plain), plain, noise
+    if not needs_canary(meter.capabilities):
+        return plain, None
+    first = plain_requests(meter.capabilities, task.images, task.classes)[0]
+    return plain, await meter.canary(first)
 
 
-def _refine(task: Task, recipe: Recipe, seed: int, plain: Logits) -> Tuned:
-    """The refiner alone, if it beats zero-shot out-of-fold."""
-    labels = _labels(task)
-    folds = fold_members(task, REFINE_FOLDS, seed)
-    verdict = judge(recipe, seed, labels, plain, folds)
-    refiners = {Strategy.REFINER: fit_refiner(recipe, plain, labels, seed)}
-    return Tuned(verdict.chosen, verdict, offset=None, refiners=refiners)
+def _without_craft(heads: Deployment, verdict: Verdict) -> Deployment:
+    """What the heads won against, and that the rest of the budget was kept."""
+    best = verdict.accuracy[verdict.chosen]
+    stopped = (
+        f"CraFT's {verdict.chosen.value} reached {100 * best:.1f} % out-of-fold on "
+        f"{verdict.n_images} images, less than {heads.strategy}; the rest of its budget was kept"
+    )
+    craft = {strategy.value: accuracy for strategy, accuracy in verdict.accuracy.items()}
+    return replace(heads, accuracy={**craft, **heads.accuracy}, stopped=stopped)
 
 
 def _result(
     task: Task,
     made: Plan,
     options: Options,
-    tuned: Tuned,
-    plain: Logits,
-    noise: float | None,
+    deployed: Deployment,
     ledger: Ledger,
     run: RunDirectory,
 ) -> TuneResult:
-    totals, verdict = ledger.totals(), tuned.verdict
+    totals = ledger.totals()
     return TuneResult(
         budget=totals.budget,
         queries_planned=made.queries,
@@ -257,49 +330,48 @@ def _result(
         method=made.method.value,
         recipe=options.recipe,
         seed=options.seed,
-        strategy=tuned.strategy.value,
-        reason=_reason(options.recipe, verdict),
-        zero_shot_accuracy=float((predicted(plain) == _labels(task)).mean()),
-        tuned_accuracy=verdict.accuracy[verdict.chosen] if verdict else None,
-        noise=noise,
+        strategy=deployed.strategy,
+        reason=deployed.reason,
+        zero_shot_accuracy=deployed.zero_shot_accuracy,
+        tuned_accuracy=deployed.accuracy.get(deployed.strategy),
+        noise=deployed.noise,
         spent_by_purpose=ledger.by_purpose(),
+        queries_per_image=0,
+        stopped=deployed.stopped,
+        out_of_fold_accuracy=dict(deployed.accuracy),
+        calibration=asdict(deployed.calibration) if deployed.calibration else None,
         n_images=len(task),
         n_classes=len(task.class_names),
         adapter=str(run.adapter),
     )
 
 
-def _reason(recipe: str, verdict: Verdict | None) -> str:
-    return verdict.reason if verdict else f"recipe {recipe} deploys both modules without a guard"
-
-
 def _adapter(
     task: Task,
     capabilities: Capabilities,
+    made: Plan,
     options: Options,
-    tuned: Tuned,
-    result: TuneResult,
+    deployed: Deployment,
     totals: Totals,
 ) -> Adapter:
-    verdict, strategy = tuned.verdict, tuned.strategy
-    refiner = tuned.refiners[strategy]._asdict() if strategy.uses_refiner else {}
     return Adapter(
-        strategy=strategy,
+        strategy=deployed.strategy,
         classes=task.classes,
         model_id=capabilities.model_id,
         access=capabilities.access,
-        offset=tuned.offset if strategy.uses_prompt else None,
-        refiner={name: tensor.numpy() for name, tensor in refiner.items()} or None,
+        question=deployed.question,
+        ensemble=deployed.ensemble,
+        zero_shot=deployed.zero_shot,
+        local_encoder=deployed.local_encoder,
         recipe={
             "version": __version__,
-            "method": result.method,
+            "method": made.method.value,
             "seed": options.seed,
             "settings": asdict(recipe_named(options.recipe)),
             "data": task.fingerprint(),
             "n_images": len(task),
-            "zero_shot_accuracy": result.zero_shot_accuracy,
-            "out_of_fold_accuracy": verdict and {s.value: a for s, a in verdict.accuracy.items()},
-            "out_of_fold_log_loss": verdict and {s.value: a for s, a in verdict.log_loss.items()},
+            "out_of_fold_accuracy": dict(deployed.accuracy),
+            "out_of_fold_log_loss": dict(deployed.log_loss),
         },
         cost={
             "queries": totals.queries,
@@ -324,6 +396,9 @@ def _fingerprint(
         "max_cost": options.max_cost,
         "method": made.method.value,
         "recipe": asdict(recipe_named(options.recipe)),
+        "local_encoder": options.local_encoder,
+        "descriptions": options.descriptions
+        and {k: list(v) for k, v in options.descriptions.items()},
         "images": len(task),
         "classes": list(task.class_names),
         "template": task.template,
@@ -350,6 +425,11 @@ def _method(name: str | None) -> Method | None:
         raise InputError(f"unknown method {name!r}; wanted one of {known}") from None
 
 
-def _labels(task: Task) -> NDArray[np.int64]:
-    assert task.labels is not None  # make_plan has refused unlabelled tasks
-    return task.labels
+def _check_proposers(options: Options, method: Method | None, writer: Capabilities | None) -> None:
+    """Refuse proposals that nobody would try."""
+    if method is not Method.PROMPTS and (writer is not None or options.descriptions):
+        what = "a language model" if writer is not None else "descriptions"
+        raise InputError(
+            f"{what} can help method 'prompts', and the method is "
+            f"{method.value if method else 'left to the plan'}; give --method prompts"
+        )

@@ -12,6 +12,7 @@ from blackbox_vlm.backend import (
     Access,
     Array,
     Capabilities,
+    Completion,
     ImageEmbeddings,
     Labels,
     PromptScores,
@@ -126,9 +127,11 @@ def test_kinds_outside_the_access_level_are_refused(access: Access) -> None:
         Access.EMBEDDINGS: {ImageEmbeddings, TextEmbeddings},
         Access.SCORES: {TextScores},
         Access.LABEL: {Labels},
+        Access.TEXT: {Completion},
     }[access]
     requests = [request for _, request in SCORES.values()]
     requests += [ImageEmbeddings(IMAGES), TextEmbeddings(TEXTS), Labels(IMAGES, TEXTS)]
+    requests += [Completion("a cat")]
     for request in requests:
         if type(request) in offered:
             assert split(request, declare(access)) == [request]

@@ -15,6 +15,7 @@ from hosted import EXAMPLES, answers, noise, outcomes, served, uploaded, values
 from serving import URL, world
 
 from blackbox_vlm.backend import (
+    VISION,
     Access,
     Backend,
     ImageEmbeddings,
@@ -40,7 +41,7 @@ def over_http(backend: Backend, settings: ServerSettings | None = None) -> Black
     return Blackbox(inner=httpx.ASGITransport(create_app(backend, settings)), **options)
 
 
-@pytest.mark.parametrize("access", Access)
+@pytest.mark.parametrize("access", VISION)
 class TestOverHttp(BackendConformance):
     @pytest.fixture(autouse=True)
     def _setting(self, access: Access) -> None:

@@ -226,6 +226,17 @@ def test_a_refit_replaces_the_refiner_of_the_search() -> None:
     assert refit.accuracy[Strategy.BOTH] == refit.accuracy[Strategy.REFINER] > 1 / C
 
 
+def test_the_guard_judges_the_folds_that_were_searched() -> None:
+    plain = world(np.ones((1, D)))[0]
+    members = [np.arange(0, N, 2), np.arange(1, N, 2)]
+    search = FoldSearch(plain, craft.fresh_refiner(RECIPE, C, 0).refiner)
+    verdict = judge(RECIPE, 0, LABELS, plain, members[:1], [search])
+    assert np.flatnonzero(verdict.held).tolist() == list(range(1, N, 2))
+    right = plain[verdict.held].argmax(1) == LABELS[verdict.held]
+    assert verdict.accuracy[Strategy.ZERO_SHOT] == right.mean()
+    assert len(verdict.correct) == verdict.n_images == verdict.held.sum()
+
+
 def test_out_of_fold_predictions_do_not_see_their_own_labels() -> None:
     """Scores that identify every image and no class: a refiner that saw the labels were right."""
     plain = np.random.default_rng(1).standard_normal((N, C)).astype(np.float32)
@@ -234,7 +245,8 @@ def test_out_of_fold_predictions_do_not_see_their_own_labels() -> None:
     memory = craft.refined(craft.fit_refiner(recipe, plain, labels, 0), plain)
     assert (memory.argmax(1) == labels).mean() > 0.9
     members = [np.arange(0, N, 2), np.arange(1, N, 2)]
-    verdict = judge(recipe, 0, labels, plain, members)
+    searches = [FoldSearch(plain, craft.fresh_refiner(recipe, C, 0).refiner)] * 2
+    verdict = judge(recipe, 0, labels, plain, members, searches)
     assert verdict.accuracy[Strategy.REFINER] < 0.7
 
 

@@ -8,7 +8,7 @@ from doubles import declare
 from scipy.special import expit, softmax
 
 from blackbox_vlm.backend import NO_LABEL, ScoreKind
-from blackbox_vlm.observations import label_logits
+from blackbox_vlm.observe.votes import encode_votes, vote_readout
 from blackbox_vlm.scores import (
     SMALLEST_PROBABILITY,
     SMALLEST_REST,
@@ -105,7 +105,8 @@ def test_the_rounding_of_float32_is_no_mass(seed: int) -> None:
 
 
 def test_a_label_is_a_logit_and_no_label_says_nothing() -> None:
-    logits = label_logits(np.array([2, NO_LABEL, 0]), 4)
+    votes = encode_votes(np.array([[2], [NO_LABEL], [0]]), [4])
+    logits = centred(votes @ vote_readout([4], 4, 0.9))
     confident = np.exp(log_probabilities(logits))
     np.testing.assert_allclose(confident[0], [1 / 30, 1 / 30, 0.9, 1 / 30], rtol=1e-5)
     np.testing.assert_array_equal(logits[1], 0)

@@ -37,6 +37,7 @@ from scipy.special import softmax
 from serving import URL, app_of, asked, call, encoded, post, usage, world
 
 from blackbox_vlm.backend import (
+    VISION,
     Access,
     Answer,
     Backend,
@@ -81,7 +82,7 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("access", Access)
+@pytest.mark.parametrize("access", VISION)
 def test_only_what_the_access_level_gives_has_a_route(access: Access) -> None:
     app = app_of(world(access))
     described = call(app, "GET", "/openapi.json").json()["paths"]

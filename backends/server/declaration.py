@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from blackbox_vlm.backend import Access, Capabilities, ScoreKind
+from blackbox_vlm.backend import VISION, Access, Capabilities, ScoreKind
 from blackbox_vlm.errors import InputError
 
 from .huggingface import gives_probabilities
@@ -15,7 +15,7 @@ from .settings import ServerSettings
 _SCORES = (Access.SCORES, Access.SOFT)
 PATHS = {"blackbox": "", "zero-shot": "/hf", "embeddings": "/v1/embeddings", "kserve": ""}
 _ACCESS: dict[str, tuple[Access, ...]] = {
-    "blackbox": tuple(Access),
+    "blackbox": VISION,
     "zero-shot": _SCORES,
     "embeddings": (Access.EMBEDDINGS,),
     "kserve": _SCORES,

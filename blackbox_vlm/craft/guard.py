@@ -12,7 +12,7 @@ measures what it is worth.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -42,14 +42,26 @@ class Strategy(StrEnum):
         return self in (Strategy.REFINER, Strategy.BOTH)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Verdict:
-    """What was chosen and why: out-of-fold accuracy and log-loss (nats) of every strategy."""
+    """What was chosen and why, on the images of the folds that were searched.
+
+    Attributes:
+        chosen: the strategy.
+        accuracy, log_loss: out-of-fold, of every strategy; the loss in nats.
+        held: which images were predicted out-of-fold, `(N,)`.
+        correct: which of those the chosen strategy got right, `(held.sum(),)`.
+    """
 
     chosen: Strategy
     accuracy: dict[Strategy, float]
     log_loss: dict[Strategy, float]
-    n_images: int
+    held: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
+
+    @property
+    def n_images(self) -> int:
+        return len(self.correct)
 
     @property
     def reason(self) -> str:
@@ -83,32 +95,47 @@ def judge(
     labels: NDArray[np.int64],
     plain: Logits,
     members: Sequence[Sequence[int]],
-    searches: Sequence[FoldSearch] = (),
+    searches: Sequence[FoldSearch],
 ) -> Verdict:
-    """Choose a strategy by out-of-fold predictions.
+    """Choose a strategy by out-of-fold predictions; the arguments are those of `out_of_fold`."""
+    out, held = out_of_fold(recipe, seed, labels, plain, members, searches)
+    kept = {name: logits[held] for name, logits in out.items()}
+    return replace(decide(kept, labels[held], default=Strategy.BOTH), held=held)
+
+
+def out_of_fold(
+    recipe: Recipe,
+    seed: int,
+    labels: NDArray[np.int64],
+    plain: Logits,
+    members: Sequence[Sequence[int]],
+    searches: Sequence[FoldSearch],
+) -> tuple[dict[Strategy, Logits], NDArray[np.bool_]]:
+    """Every strategy's predictions of images that it did not learn from.
 
     Args:
         recipe, seed: of the run.
         labels: `(N,)`.
         plain: zero-shot logits, `(N, C)`.
-        members: for each fold, the images that its models may learn from; the others are judged.
-        searches: for each fold, its search; without any, only zero-shot and refiner compete.
+        members: for each fold, the images that its search saw; the others are predicted.
+        searches: for each fold that was searched, what it left.
+
+    Returns:
+        logits `(N, C)` by strategy, and which images they hold for, `(N,)`.
     """
-    names = tuple(Strategy) if searches else (Strategy.ZERO_SHOT, Strategy.REFINER)
-    out = {name: np.empty_like(plain) for name in names}
-    for fold, indices in enumerate(members):
+    out = {name: plain.copy() for name in Strategy}
+    predicted_images = np.zeros(len(plain), dtype=bool)
+    for indices, (logits, refiner) in zip(members, searches, strict=False):
         held = np.ones(len(plain), dtype=bool)
         held[list(indices)] = False
+        predicted_images |= held
         alone = fit_refiner(recipe, plain[~held], labels[~held], seed)
-        out[Strategy.ZERO_SHOT][held] = plain[held]
+        if recipe.refit:
+            refiner = fit_refiner(recipe, logits[~held], labels[~held], seed)
         out[Strategy.REFINER][held] = refined(alone, plain[held])
-        if searches:
-            logits, refiner = searches[fold]
-            if recipe.refit:
-                refiner = fit_refiner(recipe, logits[~held], labels[~held], seed)
-            out[Strategy.PROMPT][held] = logits[held]
-            out[Strategy.BOTH][held] = refined(refiner, logits[held])
-    return decide(out, labels, default=Strategy.BOTH if searches else None)
+        out[Strategy.PROMPT][held] = logits[held]
+        out[Strategy.BOTH][held] = refined(refiner, logits[held])
+    return out, predicted_images
 
 
 def decide(
@@ -130,7 +157,8 @@ def decide(
     chosen = max(accuracy, key=lambda s: (accuracy[s], -log_loss[s]))
     if default is not None and not _clearly_better(correct[chosen], correct[default]):
         chosen = default
-    return Verdict(chosen, accuracy, log_loss, len(labels))
+    everyone = np.ones(len(labels), dtype=bool)
+    return Verdict(chosen, accuracy, log_loss, everyone, correct[chosen])
 
 
 def _clearly_better(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> bool:

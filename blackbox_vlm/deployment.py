@@ -1,0 +1,150 @@
+"""What a run ends with: a question, what reads its answers, and the evidence for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blackbox_vlm.backend import Access
+from blackbox_vlm.craft.refine import Refiner
+from blackbox_vlm.observations import Floats, Logits, Question, plain_question
+from blackbox_vlm.observe.calibration import Calibration
+from blackbox_vlm.observe.choose import ZERO_SHOT, choose
+from blackbox_vlm.observe.ensemble import Ensemble, Member, flatten
+from blackbox_vlm.observe.features import FeatureMap
+from blackbox_vlm.observe.heads import Residual
+from blackbox_vlm.observe.naive_bayes import CONFIDENCE
+from blackbox_vlm.observe.votes import choose_questions, question_columns, vote_readout
+from blackbox_vlm.observing import Observed
+from blackbox_vlm.plan import Method
+from blackbox_vlm.scores import predicted
+from blackbox_vlm.search import Searched
+from blackbox_vlm.task import Classes, Task
+
+
+@dataclass(frozen=True, eq=False)
+class Deployment:
+    """What is deployed, and why.
+
+    Attributes:
+        strategy: its name.
+        question, ensemble: what an adapter asks, and how it reads the answers.
+        zero_shot: reads the endpoint's own logits off them; None where they must be asked for.
+        zero_shot_accuracy: the endpoint's own, on the training images.
+        accuracy, log_loss: out-of-fold, of every strategy; empty where nothing could be judged.
+        reason: one line for people.
+        calibration: of what is deployed; None where nothing could be judged.
+        local_encoder: spec and identity of the model whose vectors follow the endpoint's answers;
+            None: nobody's.
+        noise: the largest difference between two answers to one question; None if not asked.
+        stopped: why the run stopped early; None if it did not.
+    """
+
+    strategy: str
+    question: Question
+    ensemble: Ensemble
+    zero_shot: Floats | None
+    zero_shot_accuracy: float
+    accuracy: Mapping[str, float]
+    log_loss: Mapping[str, float]
+    reason: str
+    calibration: Calibration | None = None
+    noise: float | None = None
+    local_encoder: tuple[str, str] | None = None
+    stopped: str | None = None
+
+
+def of_heads(
+    observed: Observed, task: Task, method: Method, access: Access, seed: int
+) -> tuple[Deployment, Logits]:
+    """The best that the heads can make of a pass, and its out-of-fold logits `(n_images, C)`.
+
+    Where they are no better than the endpoint as it is, that is deployed.
+    """
+    assert task.labels is not None  # make_plan has refused unlabelled tasks
+    question, zero_shot = observed.question, observed.readout
+    if access is Access.LABEL and len(question.lists) > 1:
+        sizes = [len(texts) for texts in question.lists]
+        answers, n_classes = observed.observation.answers, len(task.class_names)
+        chosen = choose_questions(answers, task.labels, sizes, n_classes, seed=seed)
+        ensemble, choice = chosen.ensemble, chosen.choice
+        question = Question(tuple(question.lists[q] for q in chosen.kept))
+        zero_shot = zero_shot[question_columns(sizes, chosen.kept)]
+    else:
+        ensemble, choice = choose(
+            observed.observation,
+            task.labels,
+            seed=seed,
+            only=method.heads,
+            owners=observed.owners,
+        )
+    if choice.chosen == ZERO_SHOT:
+        question, zero_shot = _as_it_is(observed, task.classes, access)
+        ensemble = plain_ensemble(zero_shot)._replace(temperature=ensemble.temperature)
+    deployment = Deployment(
+        strategy=choice.chosen,
+        question=question,
+        ensemble=flatten(ensemble),
+        zero_shot=zero_shot,
+        zero_shot_accuracy=accuracy_of(observed.plain, task.labels),
+        accuracy=choice.accuracy,
+        log_loss=choice.log_loss,
+        reason=choice.reason,
+        calibration=choice.calibration,
+        noise=observed.noise,
+    )
+    return deployment, choice.out_of_fold[choice.chosen if choice.accuracy else ZERO_SHOT]
+
+
+def _as_it_is(observed: Observed, classes: Classes, access: Access) -> tuple[Question, Floats]:
+    """The least that the endpoint's own prediction takes."""
+    question, n_classes = plain_question(access, classes), len(classes.names)
+    if access is Access.EMBEDDINGS:
+        return question, observed.readout[: observed.n_answers]
+    if access is Access.LABEL:
+        return question, vote_readout([n_classes], n_classes, CONFIDENCE)
+    return question, np.eye(n_classes, dtype=np.float32)
+
+
+def accuracy_of(logits: Logits, labels: NDArray[np.int64]) -> float:
+    """The share of images `(n, C)` whose best class is right."""
+    return float((predicted(logits) == labels).mean())
+
+
+def of_craft(
+    searched: Searched, recipe: str, plain: Logits, task: Task, noise: float | None
+) -> Deployment:
+    """What CraFT's guard chose; both modules where the recipe has none."""
+    assert task.labels is not None  # make_plan has refused unlabelled tasks
+    strategy, verdict, classes = searched.strategy, searched.verdict, task.classes
+    identity = np.eye(len(classes.names), dtype=np.float32)
+    refiner = searched.refiners[strategy] if strategy.uses_refiner else None
+    question = Question((classes.texts,))
+    if strategy.uses_prompt:
+        question = Question(offset=searched.offset)
+    return Deployment(
+        strategy=strategy.value,
+        question=question,
+        ensemble=plain_ensemble(identity, refiner),
+        zero_shot=None if strategy.uses_prompt else identity,
+        zero_shot_accuracy=accuracy_of(plain, task.labels),
+        accuracy={s.value: a for s, a in verdict.accuracy.items()} if verdict else {},
+        log_loss={s.value: loss for s, loss in verdict.log_loss.items()} if verdict else {},
+        reason=verdict.reason if verdict else f"recipe {recipe} deploys both without a guard",
+        noise=noise,
+    )
+
+
+def plain_ensemble(readout: Floats, refiner: Refiner | None = None) -> Ensemble:
+    """The endpoint's own logits, or `Y_O` (2) of them."""
+    if refiner is None:
+        return Ensemble(readout, (), prior=1.0, temperature=1.0)
+    n_answers = len(readout)
+    nothing = FeatureMap(
+        np.zeros(n_answers, dtype=np.float32), np.zeros((n_answers, 0), dtype=np.float32)
+    )
+    weights = Residual(*(tensor.numpy() for tensor in refiner))
+    return Ensemble(readout, (Member(nothing, weights, 1.0),), prior=0.0, temperature=1.0)

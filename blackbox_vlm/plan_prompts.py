@@ -1,0 +1,131 @@
+"""How a search for text prompts spends a budget: a race, and another one for what is proposed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from blackbox_vlm.backend import Access, Capabilities, TextEmbeddings
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.observations import plain_requests
+from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step
+from blackbox_vlm.prompts.proposals import COUNT
+from blackbox_vlm.prompts.templates import Prompt, candidates, prompts
+from blackbox_vlm.racing import RacePlan, plan_race
+from blackbox_vlm.task import Task
+
+KEEP = 5  # prompts at the end of a race; what a mixture may take per prediction
+FIRST_SHARE = 0.6  # of the budget for the first race, where a language model proposes for a second
+PROPOSALS = 1  # queries to it
+
+Descriptions = Mapping[str, Sequence[str]]
+
+
+def plan_prompts(
+    task: Task,
+    capabilities: Capabilities,
+    budget: int,
+    seed: int,
+    *,
+    descriptions: Descriptions | None = None,
+    writer: Capabilities | None = None,
+) -> Plan:
+    """A race of text prompts, and a second one if a language model proposes more.
+
+    Raises:
+        InputError: the budget cannot pay for a race of two, or the endpoint takes no texts.
+    """
+    entrants = first_prompts(task, descriptions)
+    first = canary_steps(capabilities, plain_requests(capabilities, task.images, task.classes)[0])
+    last = _last_steps(task, capabilities)
+    left = budget - sum(step.queries for step in [*first, *last])
+    shares = [left]
+    if writer is not None:
+        shares = [int((left - PROPOSALS) * FIRST_SHARE)]
+        shares += [left - PROPOSALS - shares[0]]
+    races, steps = [], list(first)
+    for number, share in enumerate(shares):
+        runners = entrants if not number else entrants[: KEEP + COUNT]
+        race = _plan_race(task, capabilities, runners, share, seed + number, observed=number > 0)
+        if number and writer is not None:
+            steps.append(_proposals(writer))
+        races.append(race)
+        steps.append(_race_step(purpose(number), race, task, capabilities))
+    return Plan(Method.PROMPTS, budget, (*steps, *last), prompts=entrants, races=tuple(races))
+
+
+def first_prompts(
+    task: Task, descriptions: Descriptions | None, more: Sequence[str] = ()
+) -> tuple[Prompt, ...]:
+    """The entrants of the first race: the own template, descriptions, proposals, the fixed list."""
+    own, *fixed = prompts(task.class_names, candidates(task.template, more))
+    described = prompts(task.class_names, [], descriptions)
+    return (own, *described, *fixed)
+
+
+def purpose(number: int) -> str:
+    """What a race's queries are asked for."""
+    return "second race" if number else "race"
+
+
+def _plan_race(
+    task: Task,
+    capabilities: Capabilities,
+    runners: Sequence[Prompt],
+    budget: int,
+    seed: int,
+    *,
+    observed: bool,
+) -> RacePlan:
+    assert task.labels is not None  # make_plan has refused unlabelled tasks
+    race = plan_race(
+        capabilities,
+        task.images,
+        task.labels,
+        runners,
+        budget=budget,
+        seed=seed,
+        keep=KEEP,
+        observed=observed,
+    )
+    if not race.rounds:
+        raise InputError(
+            f"{budget} queries do not pay for a race of two text prompts on {len(task)} images at "
+            "this endpoint; give a higher --budget, or leave --method out"
+        )
+    return race
+
+
+def _race_step(purpose: str, race: RacePlan, task: Task, capabilities: Capabilities) -> Step:
+    """The most that a race can cost, if nobody leaves it early."""
+    shown, images = 0, 0
+    for run in race.rounds:
+        images += run.candidates * (run.images - shown)
+        shown = run.images
+    entrants, price = race.rounds[0].candidates, capabilities.price
+    texts = entrants * len(task.class_names)
+    dearest = plain_requests(
+        capabilities, task.images[: capabilities.images_per_request], task.classes
+    )
+    return Step(
+        purpose=purpose,
+        queries=race.queries,
+        images=images,
+        texts=texts,
+        usd=race.queries * max(price.of(request) for request in dearest) if price else None,
+        why=f"{entrants} text prompts in {len(race.rounds)} rounds on {shown} images, at most",
+    )
+
+
+def _proposals(writer: Capabilities) -> Step:
+    usd = None if writer.price is None else PROPOSALS * writer.price.per_request
+    why = "a language model writes templates like those that did well"
+    return Step("proposals", PROPOSALS, 0, 0, usd, why)
+
+
+def _last_steps(task: Task, capabilities: Capabilities) -> list[Step]:
+    """The vectors of the prompts that are deployed, where vectors are what is had."""
+    if capabilities.access is not Access.EMBEDDINGS:
+        return []
+    texts = tuple(f"{name} {n}" for n in range(KEEP) for name in task.classes.texts)
+    why = f"the vectors of at most {KEEP} prompts that are deployed"
+    return [make_step("deploy", [TextEmbeddings(texts)], capabilities, why)]

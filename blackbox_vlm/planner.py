@@ -1,0 +1,209 @@
+"""The plan that pays best per query, from what the endpoint offers and the budget allows.
+
+| access | what is asked | why |
+|---|---|---|
+| embeddings | every image once, class texts under several templates | all else is local and free |
+| scores | every image once, against a bank of texts | the same, through the texts' eyes |
+| soft | as scores; then CraFT on folds, and to the end if it wins there | the method itself |
+| label | every image under a few questions, the best found by a race | nothing else is to be had |
+
+Evaluation and prediction have budgets of their own; the plan says what they will take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from blackbox_vlm.augment import augmented
+from blackbox_vlm.backend import Access, Capabilities, TextEmbeddings
+from blackbox_vlm.batching import distinct
+from blackbox_vlm.craft.recipes import Recipe
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import Image
+from blackbox_vlm.observations import Floats, Question, plain_question
+from blackbox_vlm.observe.bank import make_bank
+from blackbox_vlm.observe.naive_bayes import CONFIDENCE
+from blackbox_vlm.observe.questions import (
+    affordable_questions,
+    candidate_questions,
+    n_candidates,
+)
+from blackbox_vlm.observe.votes import MOST_QUESTIONS, vote_readout
+from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step
+from blackbox_vlm.plan_craft import plan_craft, search_steps
+from blackbox_vlm.prompts.templates import candidates
+from blackbox_vlm.task import Classes, Task
+
+VIEWS = 2  # augmented views where images are few; six were worth no more than two
+FEW = 2  # images per class up to which views pay: 1.0 point at 1 and 2 shots, 0.4 at 4
+TEMPLATES = 16  # text prompts explored where a text's vector is all they cost
+
+
+def make_plan(
+    task: Task,
+    capabilities: Capabilities,
+    recipe: Recipe,
+    *,
+    budget: int,
+    method: Method | None,
+    seed: int,
+    student: bool = False,
+) -> Plan:
+    """Plan a run; without a method, the one that pays best per query.
+
+    Args:
+        task: labelled images.
+        capabilities: of the endpoint.
+        recipe: of CraFT.
+        budget: queries.
+        method: how to tune; None: what pays best.
+        seed: of CraFT's folds and of a race's order.
+        student: whether a local encoder describes the images.
+
+    Raises:
+        InputError: the data, the access level or the budget does not allow the method; the message
+            says what would.
+    """
+    if task.labels is None:
+        raise InputError(
+            "tuning learns from labelled images, and these have no labels; "
+            "give class folders or a CSV with labels"
+        )
+    published = capabilities.soft_prompts is not None and not recipe.folds
+    if method is Method.CRAFT or (method is None and published):
+        return plan_craft(task, capabilities, recipe, budget, seed)
+    plan = _plan_observation(task, capabilities, budget, method or Method.OBSERVE, student)
+    if method is None and capabilities.soft_prompts is not None:
+        return _with_craft(plan, task, capabilities, recipe, seed)
+    return _with_rest(plan)
+
+
+def _plan_observation(
+    task: Task, capabilities: Capabilities, budget: int, method: Method, student: bool
+) -> Plan:
+    """One pass over the images, and the texts' vectors where vectors are what is had."""
+    question, readout = _question(task, capabilities, budget, method, student)
+    requests = question.requests(task.images, task.classes, capabilities.access)
+    why = _why(question, capabilities)
+    steps = [make_step("observe", requests, capabilities, why)]
+    steps += canary_steps(capabilities, requests[0])
+    templates: tuple[str, ...] = ()
+    if capabilities.access is Access.EMBEDDINGS:
+        templates, step = _text_step(task, capabilities, steps[0].queries)
+        steps.append(step)
+    plan = Plan(method, budget, tuple(steps), question, readout, templates=templates)
+    if plan.queries > budget:
+        raise InputError(_too_small(task, plan))
+    return _with_views(plan, task, capabilities)
+
+
+def _question(
+    task: Task, capabilities: Capabilities, budget: int, method: Method, student: bool
+) -> tuple[Question, Floats | None]:
+    """What to ask about an image, and how the zero-shot prediction is read from the answers."""
+    access, n_classes = capabilities.access, len(task.class_names)
+    if access is Access.EMBEDDINGS:
+        return plain_question(access, task.classes), None
+    if access is Access.LABEL:
+        most = 1
+        if method is Method.OBSERVE and not student:
+            wanted = n_candidates(_images_per_class(task), MOST_QUESTIONS)
+            most = min(wanted, affordable_questions(len(task), budget, capabilities))
+        limit = capabilities.texts_per_request
+        lists = candidate_questions(task.class_names, task.template, limit=limit, most=most)
+        return Question(lists), vote_readout([len(texts) for texts in lists], n_classes, CONFIDENCE)
+    if student or method is Method.REFINE:
+        return plain_question(access, task.classes), np.eye(n_classes, dtype=np.float32)
+    bank = make_bank(task.class_names, task.template, capabilities)
+    return Question((bank.texts,)), bank.readout
+
+
+def _why(question: Question, capabilities: Capabilities) -> str:
+    if capabilities.access is Access.EMBEDDINGS:
+        return "every training image's vector, once; all that follows is local"
+    if capabilities.access is Access.LABEL:
+        return f"every training image under {len(question.lists)} questions to choose from"
+    return f"every training image against {sum(map(len, question.lists))} texts, once"
+
+
+def _text_step(task: Task, capabilities: Capabilities, most: int) -> tuple[tuple[str, ...], Step]:
+    """As many templates as cost no more queries than the images do; the task's own at least."""
+    templates = candidates(task.template)[:TEMPLATES]
+    while len(templates) > 1 and _text_queries(task, templates, capabilities) > most:
+        templates = templates[: len(templates) // 2]
+    why = f"the class texts' vectors under {len(templates)} templates: no image is shown for them"
+    requests = text_requests(task, templates)
+    return templates, make_step("texts", requests, capabilities, why)
+
+
+def text_requests(task: Task, templates: Iterable[str]) -> list[TextEmbeddings]:
+    """One observation per template: its class texts' vectors."""
+    return [TextEmbeddings(Classes(task.class_names, template).texts) for template in templates]
+
+
+def _text_queries(task: Task, templates: tuple[str, ...], capabilities: Capabilities) -> int:
+    return len(distinct(text_requests(task, templates), capabilities))
+
+
+def _with_views(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:
+    """Ask about augmented views too, where there are few images and the budget has room."""
+    assert plan.question is not None
+    if plan.method is Method.REFINE or capabilities.access is Access.LABEL:
+        return plan
+    if _images_per_class(task) > FEW:
+        return plan
+    images = view_images(task.images, VIEWS)
+    requests = plan.question.requests(images, task.classes, capabilities.access)
+    why = f"{VIEWS} crops of every image: they pay with {FEW} images per class or fewer"
+    step = make_step("views", requests, capabilities, why)
+    if plan.queries + step.queries > plan.budget:
+        return plan
+    return replace(plan, steps=(*plan.steps, step), views=VIEWS)
+
+
+def _images_per_class(task: Task) -> float:
+    """The median class."""
+    assert task.labels is not None  # make_plan has refused unlabelled tasks
+    counts = np.bincount(task.labels)
+    return float(np.median(counts[counts > 0]))
+
+
+def view_images(images: tuple[Image, ...], views: int) -> tuple[Image, ...]:
+    """Every augmented view of every image, view by view."""
+    return tuple(augmented(image, view) for view in range(views) for image in images)
+
+
+def _with_craft(
+    plan: Plan, task: Task, capabilities: Capabilities, recipe: Recipe, seed: int
+) -> Plan:
+    """Let CraFT try to beat the heads with what is left, if that is enough for its searches."""
+    left = plan.budget - plan.queries
+    if _images_per_class(task) < 2:
+        note = "CraFT is left out: with an image per class, nothing can be judged out-of-fold"
+        return _with_rest(replace(plan, notes=(*plan.notes, note)))
+    searched = search_steps(task, capabilities, recipe, left, seed)
+    if searched is None:
+        note = f"CraFT is left out: {left} queries hold no whole generation for each search"
+        return _with_rest(replace(plan, notes=(*plan.notes, note)))
+    stages, steps = searched
+    note = "CraFT stops as soon as the heads turn out to be better out-of-fold"
+    return replace(plan, steps=(*plan.steps, *steps), stages=stages, notes=(*plan.notes, note))
+
+
+def _with_rest(plan: Plan) -> Plan:
+    """Say that more queries would not pay."""
+    left = plan.budget - plan.queries
+    if not left:
+        return plan
+    note = f"{left} queries stay unspent: asking the same images again would teach nothing new"
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def _too_small(task: Task, plan: Plan) -> str:
+    return (
+        f"one pass over {len(task)} images takes {plan.queries} queries at this endpoint and "
+        f"the budget is {plan.budget}; give --budget {plan.queries} or fewer --shots"
+    )

@@ -1,0 +1,182 @@
+"""Tunes by text prompts alone: races them through the meter, and deploys the best or a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blackbox_vlm.backend import Access, Array, Backend, TextEmbeddings
+from blackbox_vlm.deployment import Deployment
+from blackbox_vlm.ledger import Ledger
+from blackbox_vlm.meter import Meter
+from blackbox_vlm.observations import Floats, Question, plain_requests, vector_readout
+from blackbox_vlm.observe.ensemble import Ensemble
+from blackbox_vlm.observe.naive_bayes import CONFIDENCE
+from blackbox_vlm.observe.votes import encode_votes, vote_readout
+from blackbox_vlm.plan import Plan, needs_canary
+from blackbox_vlm.plan_prompts import KEEP, Descriptions, first_prompts, purpose
+from blackbox_vlm.prompts.choice import choose_prompts
+from blackbox_vlm.prompts.proposals import COUNT
+from blackbox_vlm.prompts.race import OWN
+from blackbox_vlm.prompts.templates import Prompt, prompts
+from blackbox_vlm.proposing import projected_templates, written_templates
+from blackbox_vlm.racing import Heat, RaceResult, race
+from blackbox_vlm.scores import centred, predicted
+from blackbox_vlm.task import Task
+
+
+class Proposers(NamedTuple):
+    """Who proposes prompts beside the fixed list.
+
+    Attributes:
+        descriptions: texts of every class.
+        writer: a meter over a language model, on the ledger of the run.
+        surrogate: a local model that takes soft prompts, and a ledger of its own.
+    """
+
+    descriptions: Descriptions | None = None
+    writer: Meter | None = None
+    surrogate: tuple[Backend, Ledger] | None = None
+
+
+async def tune_prompts(
+    meter: Meter,
+    task: Task,
+    plan: Plan,
+    seed: int,
+    proposers: Proposers,
+    on_progress: Callable[[Heat], None] = lambda heat: None,
+) -> Deployment:
+    """Race the prompts, and settle on the own one, the best, or a mixture of those left."""
+    assert task.labels is not None  # make_plan has refused unlabelled tasks
+    noise = await _noise(meter, task)
+    entrants = await _entrants(task, plan, seed, proposers)
+    result = await race(
+        meter, plan.races[0], task.images, task.labels, entrants, on_progress=on_progress
+    )
+    if proposers.writer is not None:
+        entrants = await _next_entrants(proposers.writer, task, entrants, result)
+        result = await race(
+            meter,
+            plan.races[1],
+            task.images,
+            task.labels,
+            entrants,
+            purpose=purpose(1),
+            on_progress=on_progress,
+        )
+    return await _deploy(meter, task, entrants, result, seed, noise)
+
+
+async def _noise(meter: Meter, task: Task) -> float | None:
+    if not needs_canary(meter.capabilities):
+        return None
+    return await meter.canary(plain_requests(meter.capabilities, task.images, task.classes)[0])
+
+
+async def _entrants(task: Task, plan: Plan, seed: int, proposers: Proposers) -> tuple[Prompt, ...]:
+    """The prompts that were planned, with those of a surrogate in front of the fixed ones."""
+    more: tuple[str, ...] = ()
+    if proposers.surrogate is not None:
+        assert task.labels is not None
+        backend, ledger = proposers.surrogate
+        more = await projected_templates(
+            backend, ledger, task.images, task.labels, task.classes, seed=seed
+        )
+    return first_prompts(task, proposers.descriptions, more)[: len(plan.prompts)]
+
+
+async def _next_entrants(
+    writer: Meter, task: Task, entrants: Sequence[Prompt], result: RaceResult
+) -> tuple[Prompt, ...]:
+    """The own prompt, the best of the first race, and what is proposed; the next best fill up."""
+    best = [entrants[row.candidate] for row in result.standings]
+    losses = [row.loss for row in result.standings]
+    tried = [(p.name, loss) for p, loss in zip(best, losses, strict=True) if "{}" in p.name]
+    known = [prompt.name for prompt in entrants if "{}" in prompt.name]
+    written = await written_templates(writer, task.class_names, tried, known)
+    proposed = prompts(task.class_names, written)
+    row = [entrants[0], *best[:KEEP], *proposed, *best[KEEP:], *entrants]
+    return tuple(dict.fromkeys(row))[: KEEP + COUNT]
+
+
+async def _deploy(
+    meter: Meter,
+    task: Task,
+    entrants: Sequence[Prompt],
+    result: RaceResult,
+    seed: int,
+    noise: float | None,
+) -> Deployment:
+    assert task.labels is not None
+    rows = _finalists(result)
+    order = [result.survivors[row] for row in rows]
+    labels, n_classes = task.labels[result.images], len(task.class_names)
+    logits = _logits(result.answers[rows], n_classes)
+    access = meter.capabilities.access
+    weights, choice = choose_prompts(logits, labels, seed=seed, costly=access is Access.LABEL)
+    kept = np.flatnonzero(weights > 0)
+    left = [entrants[order[at]] for at in kept]
+    question, readouts = await _readouts(meter, task, left)
+    readout = np.asarray(np.tensordot(weights[kept], readouts, axes=1), dtype=np.float32)
+    temperature = choice.calibration.temperature if choice.calibration else 1.0
+    names = ", ".join(repr(prompt.name) for prompt in left)
+    return Deployment(
+        strategy=choice.chosen,
+        question=question,
+        ensemble=Ensemble(readout, (), prior=1.0, temperature=temperature),
+        zero_shot=readouts[0] if 0 in kept else None,
+        zero_shot_accuracy=float((predicted(logits[0]) == labels).mean()),
+        accuracy=choice.accuracy,
+        log_loss=choice.log_loss,
+        reason=f"{choice.reason}; prompts: {names}; the race ended as {result.reason}",
+        calibration=choice.calibration,
+        noise=noise,
+    )
+
+
+def _finalists(result: RaceResult) -> list[int]:
+    """Rows of the answers: the own prompt, then the best of the others, `KEEP` in all."""
+    own = result.survivors.index(OWN)
+    others = [row for row in range(len(result.survivors)) if row != own]
+    return [own, *others[: KEEP - 1]]
+
+
+def _logits(answers: Array, n_classes: int) -> Floats:
+    """Of survivors, `(M, n, C)`; labels `(M, n)` become logits as sure as a bare label is."""
+    if answers.ndim == 3:
+        return np.asarray(answers, dtype=np.float32)
+    readout = vote_readout([n_classes], n_classes, CONFIDENCE)
+    return np.stack([centred(encode_votes(row[:, None], [n_classes]) @ readout) for row in answers])
+
+
+async def _readouts(
+    meter: Meter, task: Task, left: Sequence[Prompt]
+) -> tuple[Question, NDArray[np.float32]]:
+    """What to ask for some prompts, and the readout of each, `(M, K, n_classes)`."""
+    n_classes, capabilities = len(task.class_names), meter.capabilities
+    if capabilities.access is Access.EMBEDDINGS:
+        texts = tuple(dict.fromkeys(text for prompt in left for text in prompt.texts))
+        [vectors] = await meter.observe([TextEmbeddings(texts)], "deploy")
+        place = {text: at for at, text in enumerate(texts)}
+        rows = [[place[text] for text in prompt.texts] for prompt in left]
+        scale = capabilities.logit_scale
+        return Question(), np.stack([vector_readout(vectors[row], scale) for row in rows])
+    if capabilities.access is Access.LABEL:
+        one = vote_readout([n_classes], n_classes, CONFIDENCE)
+        blocks = [
+            np.roll(_padded(one, len(left)), at * n_classes, axis=0) for at in range(len(left))
+        ]
+        return Question(tuple(prompt.texts for prompt in left)), np.stack(blocks)
+    texts = tuple(dict.fromkeys(text for prompt in left for text in prompt.texts))
+    columns = np.array([[texts.index(text) for text in prompt.texts] for prompt in left])
+    picked = np.arange(len(texts))[:, None] == columns[:, None, :]
+    return Question((texts,)), picked.astype(np.float32)
+
+
+def _padded(block: Floats, count: int) -> Floats:
+    """A block `(C, C)` above zeros, `(count * C, C)`."""
+    return np.pad(block, ((0, (count - 1) * len(block)), (0, 0)))
