@@ -1,7 +1,7 @@
 """Pictures as the bytes that are uploaded: the pixels that we would see ourselves, and no metadata.
 
-A JPEG that lies upright is sent as it is, less its metadata segments; everything else as PNG, which
-changes no pixel. Where `max_side` is given, larger pictures are reduced first.
+A JPEG that lies upright is sent as it is, less its metadata segments; everything else, augmented
+views too, as PNG, which changes no pixel. Where `max_side` is given, larger pictures are reduced.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import OrderedDict
 import PIL.Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from blackbox_vlm.augment import AugmentedImage
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image, quote, read_file
 
@@ -68,12 +69,20 @@ class Uploads:
 
 def encode(image: Image, max_side: int | None = None) -> bytes:
     """A JPEG or PNG with the picture's pixels and nothing else."""
-    data = read_file(image.path)
-    if hashlib.sha256(data).hexdigest() != image.sha256:
-        raise InputError(f"{quote(image.path)} has changed since it was read; load the data again")
-    if data.startswith(_JPEG) and _goes_as_it_is(data, max_side):
-        return strip_jpeg(data)
-    picture = image.load()
+    if isinstance(image, AugmentedImage):
+        return _png(image.load(), max_side)
+    if image.is_file:
+        data = read_file(image.path)
+        if hashlib.sha256(data).hexdigest() != image.sha256:
+            raise InputError(
+                f"{quote(image.path)} has changed since it was read; load the data again"
+            )
+        if data.startswith(_JPEG) and _goes_as_it_is(data, max_side):
+            return strip_jpeg(data)
+    return _png(image.load(), max_side)
+
+
+def _png(picture: PIL.Image.Image, max_side: int | None) -> bytes:
     if max_side is not None and max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side), PIL.Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

@@ -27,6 +27,10 @@ class AugmentedImage(Image):
     original: Image
     view: int
 
+    @property
+    def is_file(self) -> bool:
+        return False
+
     def load(self) -> PIL.Image.Image:
         """The view as RGB, at the crop's own size. Raises as `Image.load`."""
         picture = self.original.load()

@@ -1,4 +1,4 @@
-"""What works beside the endpoint in a run: a local encoder or surrogate, and who proposes prompts."""
+"""What works beside the endpoint in a run: a local model, and who proposes text prompts."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,9 @@ from blackbox_vlm.backend import Access
 from blackbox_vlm.craft.refine import Refiner
 from blackbox_vlm.observations import Floats, Logits, Question, plain_question
 from blackbox_vlm.observe.calibration import Calibration
-from blackbox_vlm.observe.choose import ZERO_SHOT, choose
+from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT, Choice, choose
 from blackbox_vlm.observe.ensemble import Ensemble, Member, flatten
-from blackbox_vlm.observe.features import FeatureMap
+from blackbox_vlm.observe.features import FeatureMap, before, observe_in
 from blackbox_vlm.observe.heads import Residual
 from blackbox_vlm.observe.naive_bayes import CONFIDENCE
 from blackbox_vlm.observe.votes import choose_questions, question_columns, vote_readout
@@ -74,13 +74,7 @@ def of_heads(
         question = Question(tuple(question.lists[q] for q in chosen.kept))
         zero_shot = zero_shot[question_columns(sizes, chosen.kept)]
     else:
-        ensemble, choice = choose(
-            observed.observation,
-            task.labels,
-            seed=seed,
-            only=method.heads,
-            owners=observed.owners,
-        )
+        ensemble, choice = _choose(observed, task.labels, method, seed)
     if choice.chosen == ZERO_SHOT:
         question, zero_shot = _as_it_is(observed, task.classes, access)
         ensemble = plain_ensemble(zero_shot)._replace(temperature=ensemble.temperature)
@@ -92,11 +86,44 @@ def of_heads(
         zero_shot_accuracy=accuracy_of(observed.plain, task.labels),
         accuracy=choice.accuracy,
         log_loss=choice.log_loss,
-        reason=choice.reason,
+        reason=f"{choice.reason}{_pruning(observed)}",
         calibration=choice.calibration,
         noise=observed.noise,
     )
     return deployment, choice.out_of_fold[choice.chosen if choice.accuracy else ZERO_SHOT]
+
+
+def _choose(
+    observed: Observed, labels: NDArray[np.int64], method: Method, seed: int
+) -> tuple[Ensemble, Choice]:
+    """The heads on answers in the metric, brought back to the answers as they are."""
+    observation, metric = observed.observation, observed.metric
+    seen = observation if metric is None else observe_in(metric, observation)
+    ensemble, choice = choose(seen, labels, seed=seed, only=method.heads, owners=observed.owners)
+    if metric is not None:
+        members = tuple(m._replace(map=before(metric, m.map)) for m in ensemble.members)
+        ensemble = ensemble._replace(readout=observation.readout, members=members)
+    if observed.pruned is not None:  # the texts were chosen by all labels, so that this flatters
+        held = observed.pruned.after
+        choice = replace(
+            choice,
+            accuracy={**choice.accuracy, HEADS: held.accuracy},
+            log_loss={**choice.log_loss, HEADS: held.log_loss},
+            calibration=None,
+        )
+    return ensemble, choice
+
+
+def _pruning(observed: Observed) -> str:
+    if observed.pruned is None:
+        return ""
+    before, after = (
+        100 * held.accuracy for held in (observed.pruned.before, observed.pruned.after)
+    )
+    return (
+        f"; {observed.n_answers} texts stay for predictions: {after:.1f} % out-of-fold instead of "
+        f"{before:.1f} % with all"
+    )
 
 
 def _as_it_is(observed: Observed, classes: Classes, access: Access) -> tuple[Question, Floats]:

@@ -71,6 +71,11 @@ class Image:
     path: Path
     sha256: str
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the file at `path` is the picture, and not what it was made from."""
+        return True
+
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Image:
         """Read and hash the file. The picture itself is checked by `load` or `check_images`.

@@ -133,7 +133,7 @@ def join_vectors(answers: Floats, vectors: Floats) -> Floats:
     The vectors are made so long that they decide what features look like; the answers are there for
     the readout.
     """
-    return np.hstack([answers, vectors])
+    return np.hstack([answers, np.float32(DOMINANT) * vectors])
 
 
 def with_vectors(observation: Observation, vectors: Floats) -> Observation:

@@ -8,9 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blackbox_vlm.backend import Access
+from blackbox_vlm.background import background_images
 from blackbox_vlm.local_encoder import LocalEncoder, with_vectors
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Floats, Logits, Question, ask, vector_readout
+from blackbox_vlm.observe.bank import Pruning, prune
+from blackbox_vlm.observe.features import Metric, fit_metric
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.plan import Plan, needs_canary
 from blackbox_vlm.planner import text_requests, view_images
@@ -28,6 +31,8 @@ class Observed(NamedTuple):
             that the heads start from.
         owners: which image a row of it shows, `(n_rows,)` int64.
         readout: reads the endpoint's own prediction, under the task's own template.
+        metric: under which the answers spread evenly; None: they are taken as they are.
+        pruned: what leaving out texts for predictions cost; None where all are kept.
         n_answers: what the endpoint answered about an image; a local encoder's numbers follow.
         noise: the largest difference between two answers to one question; None if not asked.
     """
@@ -38,6 +43,8 @@ class Observed(NamedTuple):
     readout: Floats
     n_answers: int
     noise: float | None
+    metric: Metric | None = None
+    pruned: Pruning | None = None
 
     @property
     def plain(self) -> Logits:
@@ -71,12 +78,36 @@ async def observe(
     owners = np.tile(np.arange(len(task)), 1 + plan.views)
     observation, n_answers = Observation(answers, prior), answers.shape[1]
     seen = Observed(plan.question, observation, owners, readouts[0], n_answers, noise)
+    kept = np.arange(n_answers)
+    if plan.prune_to is not None:
+        assert task.labels is not None
+        seen = _pruned(seen, task.labels, plan.prune_to, seed)
+        kept = seen.pruned.kept if seen.pruned else kept
+    if plan.background:
+        pictures = background_images()
+        shapes = await ask(meter, plan.question, pictures, task.classes, "background")
+        seen = seen._replace(metric=fit_metric(shapes[:, kept]))
     if encoder is None:
         return seen
     student = with_vectors(seen.observation, await encoder.vectors(shown))
     longer = np.zeros((len(student.readout) - len(seen.readout), len(task.class_names)))
     readout = np.concatenate([seen.readout, longer.astype(np.float32)])
     return seen._replace(observation=student, readout=readout)
+
+
+def _pruned(seen: Observed, labels: NDArray[np.int64], size: int, seed: int) -> Observed:
+    """The same pass, as if only the texts that a prediction will take had been asked about."""
+    images = seen.observation.of(np.arange(len(labels)))
+    pruning = prune(images, labels, size, seed=seed)
+    [texts] = seen.question.lists
+    answers = seen.observation.answers[:, pruning.kept]
+    return seen._replace(
+        question=Question((tuple(texts[at] for at in pruning.kept),)),
+        observation=Observation(answers, seen.observation.readout[pruning.kept]),
+        readout=seen.readout[pruning.kept],
+        n_answers=size,
+        pruned=pruning,
+    )
 
 
 async def _noise(meter: Meter, task: Task, question: Question) -> float | None:
@@ -104,4 +135,5 @@ def _prior(answers: Floats, readouts: Floats, task: Task, seed: int) -> Floats:
     assert task.labels is not None  # make_plan has refused unlabelled tasks
     logits = np.stack([centred(answers @ readout) for readout in readouts])
     weights = choose_weights(logits, task.labels, seed=seed)
-    return np.asarray(np.tensordot(weights, readouts, axes=1), dtype=np.float32)
+    prior: Floats = np.einsum("m,mkc->kc", weights, readouts)
+    return prior

@@ -78,6 +78,8 @@ class Plan:
         question: what is asked about every training image; None where CraFT alone tunes.
         readout: what makes zero-shot logits of the answers, `(K, n_classes)` float32; None where
             it must be asked for first.
+        prune_to: texts that stay for predictions, where more are asked about while tuning.
+        background: whether drawings of nothing in particular are asked about as well.
         views: augmented views of every image that are asked about as well.
         templates: text prompts whose vectors are asked for, the task's own first.
         prompts: text prompts that enter a race, the task's own first.
@@ -91,6 +93,8 @@ class Plan:
     steps: tuple[Step, ...]
     question: Question | None = None
     readout: Floats | None = None
+    prune_to: int | None = None
+    background: bool = False
     views: int = 0
     templates: tuple[str, ...] = ()
     prompts: tuple[Prompt, ...] = ()

@@ -3,7 +3,7 @@
 | access | what is asked | why |
 |---|---|---|
 | embeddings | every image once, class texts under several templates | all else is local and free |
-| scores | every image once, against a bank of texts | the same, through the texts' eyes |
+| scores | every image and some drawings, against a bank of texts | the same, by the texts |
 | soft | as scores; then CraFT on folds, and to the end if it wins there | the method itself |
 | label | every image under a few questions, the best found by a race | nothing else is to be had |
 
@@ -19,12 +19,13 @@ import numpy as np
 
 from blackbox_vlm.augment import augmented
 from blackbox_vlm.backend import Access, Capabilities, TextEmbeddings
+from blackbox_vlm.background import background_images
 from blackbox_vlm.batching import distinct
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
 from blackbox_vlm.observations import Floats, Question, plain_question
-from blackbox_vlm.observe.bank import make_bank
+from blackbox_vlm.observe.bank import bank_size, make_bank
 from blackbox_vlm.observe.naive_bayes import CONFIDENCE
 from blackbox_vlm.observe.questions import (
     affordable_questions,
@@ -39,6 +40,7 @@ from blackbox_vlm.task import Classes, Task
 
 VIEWS = 2  # augmented views where images are few; six were worth no more than two
 FEW = 2  # images per class up to which views pay: 1.0 point at 1 and 2 shots, 0.4 at 4
+WIDER = 4  # times the texts of a prediction that tuning asks about, where a request carries few
 TEMPLATES = 16  # text prompts explored where a text's vector is all they cost
 
 
@@ -97,7 +99,8 @@ def _plan_observation(
     plan = Plan(method, budget, tuple(steps), question, readout, templates=templates)
     if plan.queries > budget:
         raise InputError(_too_small(task, plan))
-    return _with_views(plan, task, capabilities)
+    plan = _with_wide_bank(plan, task, capabilities)
+    return _with_background(_with_views(plan, task, capabilities), task, capabilities)
 
 
 def _question(
@@ -119,6 +122,24 @@ def _question(
         return plain_question(access, task.classes), np.eye(n_classes, dtype=np.float32)
     bank = make_bank(task.class_names, task.template, capabilities)
     return Question((bank.texts,)), bank.readout
+
+
+def _with_wide_bank(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:
+    """Ask about more texts than a prediction will, where a request carries few, and prune them."""
+    if capabilities.access not in (Access.SCORES, Access.SOFT) or plan.readout is None:
+        return plan
+    size, limit = len(plan.readout), capabilities.texts_per_request
+    if plan.method is Method.REFINE or limit is None or _images_per_class(task) < 2:
+        return plan
+    free = bank_size(len(task.class_names), replace(capabilities, texts_per_request=None))
+    wide = make_bank(task.class_names, task.template, capabilities, size=min(free, WIDER * size))
+    question = Question((wide.texts,))
+    requests = question.requests(task.images, task.classes, capabilities.access)
+    why = f"{_why(question, capabilities)}, of which {size} stay for predictions"
+    step = make_step("observe", requests, capabilities, why)
+    steps = (step, *plan.steps[1:])
+    made = replace(plan, steps=steps, question=question, readout=wide.readout, prune_to=size)
+    return made if len(wide.texts) > size and made.queries <= plan.budget else plan
 
 
 def _why(question: Question, capabilities: Capabilities) -> str:
@@ -146,6 +167,21 @@ def text_requests(task: Task, templates: Iterable[str]) -> list[TextEmbeddings]:
 
 def _text_queries(task: Task, templates: tuple[str, ...], capabilities: Capabilities) -> int:
     return len(distinct(text_requests(task, templates), capabilities))
+
+
+def _with_background(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:
+    """Ask the bank about drawings too, where half of what is left pays for them."""
+    assert plan.question is not None
+    if plan.readout is None or len(plan.readout) == len(task.class_names):
+        return plan  # vectors, or no bank
+    if capabilities.access is Access.LABEL:
+        return plan
+    requests = plan.question.requests(background_images(), task.classes, capabilities.access)
+    why = "drawings of nothing in particular: how the texts distort what their scores show"
+    step = make_step("background", requests, capabilities, why)
+    if step.queries > (plan.budget - plan.queries) // 2:
+        return plan
+    return replace(plan, steps=(*plan.steps, step), background=True)
 
 
 def _with_views(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:

@@ -113,10 +113,11 @@ class Settings:
         if self.propose_with is None:
             return nullcontext()
         writer = open_endpoint(Path(self.propose_with))
-        if writer.capabilities.access is not Access.TEXT:
+        access = writer.capabilities.access
+        if access is not Access.TEXT:
             raise InputError(
-                f"{quote(self.propose_with)} is an endpoint of {writer.capabilities.access.value!r} "
-                'access; wanted one that writes: protocol = "writer"'
+                f"{quote(self.propose_with)} is an endpoint of {access.value!r} access; wanted one "
+                'that writes: protocol = "writer"'
             )
         return closing(writer)
 
@@ -183,15 +184,16 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
         raise InputError(f"cannot read {quote(path)}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{quote(path)} is not JSON: {error}") from None
-    lists = list(data.values()) if isinstance(data, dict) else [None]
-    if not all(isinstance(texts, list) and texts for texts in lists) or not all(
-        isinstance(text, str) for texts in lists for text in texts
-    ):
+    if not isinstance(data, dict) or not all(map(_is_texts, data.values())):
         raise InputError(
             f"{quote(path)} is not class descriptions; wanted an object of class names, each with "
             'a list of texts: {"cat": ["a cat has whiskers", ...], ...}'
         )
     return dict(data)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(t, str) for t in value)
 
 
 def parse_restrictions(texts: Sequence[str]) -> dict[str, str | int | float]:

@@ -137,6 +137,12 @@ def test_as_many_texts_as_dimensions_tell_everything() -> None:
     assert left_over(answers, answers, kept) < 1e-6 < left_over(answers, answers, kept[:3])
 
 
+def test_no_text_is_taken_twice_even_when_nothing_is_left_to_tell() -> None:
+    answers = world().answers
+    assert sorted(predictive(answers, answers[:, :1], 30)) == list(range(30))
+    assert sorted(predictive(np.ones((3, 5), np.float32), answers[:3], 5)) == list(range(5))
+
+
 def test_the_texts_that_make_the_target_are_found() -> None:
     answers = np.random.default_rng(1).standard_normal((100, 40)).astype(np.float32)
     target = answers[:, [31, 7]] @ np.array([[1, 2], [3, -1]], dtype=np.float32)

@@ -28,7 +28,7 @@ from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.testing import Received, ScriptedServer
 from blackbox_vlm.testing.server import message, reply
 
-SMALL = ("--shots", "2", "--budget", "130")
+SMALL = ("--shots", "2", "--budget", "130", "--method", "craft")
 
 
 def run(*words: object) -> Result:
@@ -157,7 +157,8 @@ def spoil(folder: Path, what: str) -> None:
         ("bidi", (), "\\u202e"),
         ("", ("--shots", "9"), "9"),
         ("", ("--budget", "0"), "at least 1"),
-        ("", ("--budget", "30"), "one generation"),
+        ("", ("--budget", "30", "--method", "craft"), "one generation"),
+        ("", ("--restrict", "images_per_request=1", "--budget", "5"), "give --budget 6"),
         ("", ("--model", "no-such-model"), "no-such-model"),
         ("", ("--model", "ViT-B-32"), "--pretrained"),
         ("", ("--access", "scores", "--method", "craft"), "--access soft"),
@@ -278,7 +279,8 @@ def test_an_endpoint_file_is_all_that_a_run_needs(
     assert "price unknown" in run(*words, "--dry-run").stdout
     tuned = ok(*words)
     out = tmp_path / "runs" / "small-hosted-0"
-    assert tuned["queries_spent"] == plan["queries"] == 6
+    assert tuned["queries_spent"] == plan["queries"] == 18
+    assert tuned["spent_by_purpose"] == {"observe": 6, "views": 12}
     assert json.loads((out / "run.json").read_text())["backend"] == str(tmp_path / "hosted.toml")
     monkeypatch.chdir("/")
     assert {**ok("resume", out), "adapter": tuned["adapter"]} == tuned
@@ -304,9 +306,9 @@ def test_money_is_not_spent_at_an_unknown_price(small: Path, endpoint: Path) -> 
     refused = run(*words, "--max-cost", 1, "--out", "run")  # of how many tokens, at most?
     assert (refused.exit_code, "most_tokens" in refused.stderr) == (2, True)
     endpoint.write_text(unpriced + "[price]\nper_request = 0.5\n")
-    assert run(*words, "--max-cost", 2, "--out", "run").exit_code == 2
-    assert ok(*words, "--max-cost", 3, "--out", "run")["cost_usd"] == 3
-    assert "3 USD" in run("inspect", "run").stdout
+    assert run(*words, "--max-cost", 8, "--out", "run").exit_code == 2
+    assert ok(*words, "--max-cost", 9, "--out", "run")["cost_usd"] == 9
+    assert "9 USD" in run("inspect", "run").stdout
 
 
 def test_options_of_the_local_black_box_are_refused_beside_a_file(
@@ -429,7 +431,7 @@ def outcome(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes().replace(str(run).encode(), b"RUN") for path in kept}
 
 
-LONG = ("--shots", "4", "--budget", "2000")
+LONG = ("--shots", "4", "--budget", "2000", "--method", "craft")
 
 
 @pytest.mark.slow

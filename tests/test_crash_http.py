@@ -226,7 +226,7 @@ class Runs:
         assert totals is not None
         assert (self.bill(), totals.queries, totals.open, totals.unknown) == (18, 18, 0, 0)
         result = json.loads((self.out / "result.json").read_text())
-        assert result["strategy"] == "refiner", "the adapter would hold no numbers"
+        assert result["strategy"] == "heads", "the adapter would hold no numbers"
         return {path.name: path.read_bytes() for path in (self.out / "adapter").iterdir()}
 
 

@@ -27,9 +27,11 @@ from blackbox_vlm.backends._headers import quota, retry_after
 from blackbox_vlm.backends._images import Uploads, encode, strip_jpeg
 from blackbox_vlm.backends._json import MAX_DEPTH, MAX_DIGITS, parse_json
 from blackbox_vlm.backends._url import Origin, parse_url
+from hosted import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blackbox_vlm.augment import augmented
 from blackbox_vlm.backend import Quota
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
@@ -513,3 +515,10 @@ def test_only_so_many_uploads_are_kept(tmp_path: Path, monkeypatch: Any) -> None
     for picture in (pictures[0], pictures[2], pictures[1]):
         uploads.base64(picture)
     assert encoded == [pictures[1].path]
+
+
+def test_a_view_of_a_picture_is_sent_as_it_looks(tmp_path: Path) -> None:
+    [original] = noise(tmp_path, 1)
+    view = augmented(original, 0)
+    sent = PIL.Image.open(io.BytesIO(encode(view)))
+    np.testing.assert_array_equal(np.asarray(sent), np.asarray(view.load()))

@@ -34,14 +34,23 @@ def task() -> Task:
     return Task.from_folder(demo_folder()).sample(shots=4, seed=0)
 
 
+@pytest.fixture(scope="module")
+def test() -> Task:
+    return Task.from_folder(demo_folder(), split="test").sample(shots=5, seed=0)
+
+
+@pytest.fixture(scope="module")
+def endpoint(one_load: None) -> LocalBlackBox:
+    return LocalBlackBox(access="label")
+
+
 def ask(backend: LocalBlackBox, *requests: ImageEmbeddings | Labels) -> list[np.ndarray]:
     return [answer.values for answer in asyncio.run(backend.answer(requests))]
 
 
-def votes(task: Task, questions: Sequence[tuple[str, ...]]) -> np.ndarray:
+def votes(endpoint: LocalBlackBox, task: Task, questions: Sequence[tuple[str, ...]]) -> np.ndarray:
     """What the embedded model says behind a label endpoint, `(n, n_questions)`."""
-    backend = LocalBlackBox(access="label")
-    return np.stack(ask(backend, *(Labels(task.images, q) for q in questions)), axis=1)
+    return np.stack(ask(endpoint, *(Labels(task.images, q) for q in questions)), axis=1)
 
 
 def test_its_vectors_are_the_model_s_own(task: Task) -> None:
@@ -129,14 +138,15 @@ def test_the_endpoint_is_the_prior_and_the_vectors_are_the_features() -> None:
     assert spread[3:].sum() > 1e4 * spread[:3].sum()
 
 
-def test_a_student_sees_more_than_its_endpoint_tells(task: Task) -> None:
+def test_a_student_sees_more_than_its_endpoint_tells(
+    task: Task, test: Task, endpoint: LocalBlackBox
+) -> None:
     """The same weights on both sides: this is about the path, not about what another would gain."""
     assert task.labels is not None
-    test = Task.from_folder(demo_folder(), split="test")
     assert test.labels is not None
     plain = candidate_questions(task.class_names, task.template, limit=None, most=1)
     n_classes = len(task.class_names)
-    learned, shown = (encode_votes(votes(t, plain), [n_classes]) for t in (task, test))
+    learned, shown = (encode_votes(votes(endpoint, t, plain), [n_classes]) for t in (task, test))
     with open_local_encoder("nano") as encoder:
         seen, new = encoder.vectors_sync(task.images), encoder.vectors_sync(test.images)
     observation = with_vectors(
@@ -148,16 +158,17 @@ def test_a_student_sees_more_than_its_endpoint_tells(task: Task) -> None:
     assert float((student == test.labels).mean()) >= bare + 0.05
 
 
-def test_words_tell_classes_apart_at_a_real_label_endpoint(task: Task) -> None:
+def test_words_tell_classes_apart_at_a_real_label_endpoint(
+    task: Task, test: Task, endpoint: LocalBlackBox
+) -> None:
     assert task.labels is not None
-    test = Task.from_folder(demo_folder(), split="test")
     assert test.labels is not None
     questions = candidate_questions(task.class_names, task.template, limit=20, most=10)
     sizes = [len(question) for question in questions]
-    answers = encode_votes(votes(task, questions), sizes)
+    answers = encode_votes(votes(endpoint, task, questions), sizes)
     chosen = choose_questions(answers, task.labels, sizes, sizes[0], most=5, seed=0)
     asked = [questions[q] for q in chosen.kept]
-    shown = encode_votes(votes(test, asked), [len(question) for question in asked])
+    shown = encode_votes(votes(endpoint, test, asked), [len(question) for question in asked])
     tuned = float((ensemble_logits(chosen.ensemble, shown).argmax(1) == test.labels).mean())
     bare = float((shown[:, : sizes[0]].argmax(axis=1) == test.labels).mean())
     assert tuned > bare

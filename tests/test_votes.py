@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from blackbox_vlm.backend import NO_LABEL, Access, Capabilities, Labels
 from blackbox_vlm.batching import distinct
+from blackbox_vlm.craft.guard import stratified_folds
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.observe import naive_bayes
 from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT
@@ -221,6 +222,19 @@ def test_out_of_fold_figures_are_honest_about_noise() -> None:
     )
     learned = logits(fitted, Seen(everything, everything[:, :N_CLASSES]))
     assert (learned.argmax(axis=1) == labels).mean() > 0.7  # which is what folds are for
+
+
+def test_out_of_fold_predictions_are_those_of_the_head_that_is_deployed() -> None:
+    labels, sizes = balanced(5), sizes_of(33)
+    answers = encode_votes(votes_of(labels, {1: 0.9}, 33, right=0.5, seed=11), sizes)
+    chosen = choose_questions(answers, labels, sizes, N_CLASSES, most=33, seed=4)
+    folds = stratified_folds(labels, 5, 4)
+    for fold in range(5):
+        held = folds == fold
+        learned = Seen(answers[~held], answers[~held, :N_CLASSES])
+        shown = Seen(answers[held], answers[held, :N_CLASSES])
+        expected = logits(naive_bayes.fit(learned, labels[~held], sizes=sizes), shown)
+        assert np.allclose(chosen.choice.out_of_fold[HEADS][held], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -138,7 +138,8 @@ class Pruning(NamedTuple):
 
     Attributes:
         kept: `(size,)` indices into the bank, the classes first.
-        before, after: out-of-fold, with all texts and with as many chosen without the held-out images.
+        before, after: out-of-fold, with all texts, and with as many as `kept` chosen without the
+            held-out images.
     """
 
     kept: NDArray[np.int64]
@@ -233,4 +234,4 @@ def predictive(answers: Floats, target: Floats, size: int, *, first: int = 0) ->
 
 
 def _centred_columns(values: Floats) -> NDArray[np.float64]:
-    return values - values.mean(axis=0, dtype=np.float64)
+    return np.asarray(values - values.mean(axis=0, dtype=np.float64))

@@ -1,7 +1,7 @@
 """Several heads as one classifier: log-linear pooling.
 
-The logits of an ensemble are a weighted sum of its members' and of the zero-shot logits, divided by
-a temperature: Hinton's product of experts, Genest & Zidek's logarithmic opinion pool.
+The logits of an ensemble are a weighted sum of its members' and of the zero-shot logits, divided
+by a temperature: Hinton's product of experts, Genest & Zidek's logarithmic opinion pool.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Shrunk Gaussian discriminant analysis.
 
 Wang, Liang, Sheng, He, Wang, Tan: "A Hard-to-Beat Baseline for Training-Free CLIP-Based
-Adaptation", ICLR 2024, arXiv 2402.04087. One Gaussian per class, one covariance S for all, whose inverse is the
-empirical-Bayes ridge estimate of Kubokawa & Srivastava,
+Adaptation", ICLR 2024, arXiv 2402.04087. One Gaussian per class, one covariance S for all, whose
+inverse is the empirical-Bayes ridge estimate of Kubokawa & Srivastava,
 
     inverse = d ((N - 1) S + tr(S) I)^-1,    logits = x' inverse mu_c - mu_c' inverse mu_c / 2.
 
-Ours: at one image per class, which shows no spread within a class, the ridge is the total variance;
-and the logits get the scale of prototypes (see prototypes.py), because discriminants of hundreds of
-dimensions overstate themselves by a factor that grows with the dimension.
+Ours: at one image per class, which shows no spread within a class, the ridge is the total
+variance; and the logits get the scale of prototypes (see prototypes.py), because discriminants of
+hundreds of dimensions overstate themselves by a factor that grows with the dimension.
 """
 
 from __future__ import annotations

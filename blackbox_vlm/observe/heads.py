@@ -1,8 +1,8 @@
 """What a head is: it learns from features, with the zero-shot logits as its prior.
 
 A head is a pair of pure functions: `fit(seen, labels) -> fitted`, in the module of its method, and
-`logits(fitted, seen)` here. What is fitted is a named tuple of arrays, so that an adapter can store
-it, and of few kinds, so that a reader of adapters need not know which method made it.
+`logits(fitted, seen)` here. What is fitted is a named tuple of arrays, so that an adapter can
+store it, and of few kinds, so that a reader of adapters need not know which method made it.
 
 A class without images: nothing is known but its zero-shot logit, so a head gives it the mean of
 what it adds to the other classes, which is zero by `even_out`.
@@ -15,9 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from blackbox_vlm.craft.craft import refined
-from blackbox_vlm.craft.refine import Refiner
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -68,7 +65,9 @@ Head = Callable[[Seen, Labels], Fitted]  # its hyperparameters are bound
 def logits(fitted: Fitted, seen: Seen) -> Floats:
     """What a fitted head says of images, `(n, C)` float32."""
     if isinstance(fitted, Residual):
-        return refined(_refiner(fitted), np.ascontiguousarray(seen.zero_shot))
+        inner = seen.zero_shot @ fitted.hidden_weight.T + fitted.hidden_bias
+        outer = np.maximum(inner, 0) @ fitted.output_weight.T + fitted.output_bias
+        return as_float32(seen.zero_shot + outer)
     if isinstance(fitted, Linear):
         added = seen.features @ fitted.weight
     else:
@@ -110,9 +109,3 @@ def even_out(columns: NDArray[Any], present: NDArray[np.bool_]) -> NDArray[Any]:
 
 def as_float32(values: Any) -> Floats:
     return np.asarray(values, dtype=np.float32)
-
-
-def _refiner(fitted: Residual) -> Refiner:
-    import torch
-
-    return Refiner(*(torch.from_numpy(np.array(array)) for array in fitted))

@@ -1,8 +1,8 @@
 """Kernel ridge regression towards the zero-shot classifier.
 
 Bendou, Ouasfi, Gripon, Boukhayma: "ProKeR: A Kernel Perspective on Few-Shot Adaptation of Large
-Vision-Language Models", CVPR 2025, arXiv 2501.11175: the function nearest to the zero-shot one in the
-kernel's space that fits the support images,
+Vision-Language Models", CVPR 2025, arXiv 2501.11175: the function nearest to the zero-shot one in
+the kernel's space that fits the support images,
 
     f(x) = f_0(x) + k(x, X) (K + penalty I)^-1 (Y - f_0(X)).
 

@@ -5,7 +5,8 @@
 by maximum likelihood with an L2 penalty on W: what is learned is the residual, so that a large
 penalty leaves the zero-shot classifier. The penalty of a class is as heavy as the zero-shot
 classifier is good at it, after CLAP: Silva-Rodriguez, Hajimiri, Ben Ayed, Dolz, "A Closer Look at
-the Few-Shot Adaptation of Large Vision-Language Models", CVPR 2024, arXiv 2312.12730. CLAP penalises the distance to the text vectors; here the prior may have a weight below one, as text
+the Few-Shot Adaptation of Large Vision-Language Models", CVPR 2024, arXiv 2312.12730. CLAP
+penalises the distance to the text vectors; here the prior may have a weight below one, as text
 vectors of a model that does not know a class are no better than others, and the problem is convex
 and solved to its optimum, instead of 300 steps of gradient descent.
 """

@@ -2,8 +2,8 @@
 
     logits = sum_m w_m f_m,    w >= 0 minimises    sum_i CE_i + pull / 2 sum_m (w_m / w0_m - 1)^2
 
-over the images i: few numbers, drawn to weights w0 that were fixed in advance, so that a handful of
-images moves them little and hundreds move them freely. The loss is convex in w.
+over the images i: few numbers, drawn to weights w0 that were fixed in advance, so that a handful
+of images moves them little and hundreds move them freely. The loss is convex in w.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Snell, Swersky, Zemel: "Prototypical Networks for Few-shot Learning", NeurIPS 20
 features that are centred, and whitened in part.
 
 Instead of a learned temperature, the scale is `SHARPNESS * sqrt(shots)`: means of more images are
-better known. On the development sets (see choose.py) the scale of least log loss on other images was
-0.6 to 1.9 times that for every set, at 5 to 200 classes and 1 to 16 images per class, for prototypes
-and for Gaussian discriminants of the same length.
+better known. On the development sets (see choose.py) the scale of least log loss on other images
+was 0.6 to 1.9 times that for every set, at 5 to 200 classes and 1 to 16 images per class, for
+prototypes and for Gaussian discriminants of the same length.
 """
 
 from __future__ import annotations

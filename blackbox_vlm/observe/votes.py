@@ -12,7 +12,7 @@ what is deployed starts from the endpoint's own label. Where not all may be aske
 chosen greedily by out-of-fold log loss, while it falls. (To stop where one standard error cannot
 tell more questions from fewer saved one query per prediction and cost 2 to 3 points at 2 and 4
 images per class: among so few images the error is large.) Where all may be asked, for instance
-because a query carries all images, all are: to choose would lose 2 to 4 points.
+because a query carries all images, all are: to choose would lose 2 to 5 points.
 
 How many to keep was fixed on the training images of the development sets that `choose.py` names.
 Tried there and given up, as words told more per query: the classes under other templates, halves of
