@@ -15,7 +15,6 @@ from collections import OrderedDict
 import PIL.Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from blackbox_vlm.augment import AugmentedImage
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image, quote, read_file
 
@@ -69,8 +68,6 @@ class Uploads:
 
 def encode(image: Image, max_side: int | None = None) -> bytes:
     """A JPEG or PNG with the picture's pixels and nothing else."""
-    if isinstance(image, AugmentedImage):
-        return _png(image.load(), max_side)
     if image.is_file:
         data = read_file(image.path)
         if hashlib.sha256(data).hexdigest() != image.sha256:

@@ -36,6 +36,7 @@ from blackbox_vlm.tuning import dry_run
 KINDS: dict[str, dict[str, Any]] = {  # options of the local black box
     "embeddings": {"access": "embeddings"},
     "logits": {"access": "scores", "texts_per_request": 1024},
+    "logits once": {"access": "scores", "texts_per_request": 1024},
     "softmax": {"access": "scores", "texts_per_request": 1024, "score_kind": "softmax"},
     "4 decimals": {
         "access": "scores",
@@ -52,6 +53,7 @@ KINDS: dict[str, dict[str, Any]] = {  # options of the local black box
     "64 texts": {"access": "scores", "texts_per_request": 64, "score_kind": "softmax"},
     "label": {"access": "label"},
 }
+ONCE = "logits once"  # its budget is a query per training image
 PLANNER, LOGISTIC, TEMPLATE = "planner", "logistic regression", "best template"
 REFINE = "refine"  # CraFT's refiner alone, on the class scores of one pass
 
@@ -171,7 +173,10 @@ def zero_shot(data: str, kind: str, images_per_request: int, model: str) -> dict
 def options_of(cell: Cell) -> Options:
     """What `tune` is told: the budget, and nothing else unless a method is forced."""
     method = None if cell.method == PLANNER else cell.method
-    return Options(cell.budget, method=method, seed=cell.seed)
+    budget = cell.budget
+    if cell.kind == ONCE:
+        budget = len(_task(cell.data, "train").sample(cell.shots, cell.seed))
+    return Options(budget, method=method, seed=cell.seed)
 
 
 def tuned(cell: Cell, task: Task, test: Task, box: Box, folder: Path) -> dict[str, Any]:

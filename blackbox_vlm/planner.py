@@ -33,7 +33,7 @@ from blackbox_vlm.observe.questions import (
     n_candidates,
 )
 from blackbox_vlm.observe.votes import MOST_QUESTIONS, vote_readout
-from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step
+from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step, needs_canary
 from blackbox_vlm.plan_craft import plan_craft, search_steps
 from blackbox_vlm.prompts.templates import candidates
 from blackbox_vlm.task import Classes, Task
@@ -94,12 +94,14 @@ def _plan_observation(
     steps += canary_steps(capabilities, requests[0])
     templates: tuple[str, ...] = ()
     if capabilities.access is Access.EMBEDDINGS:
-        templates, step = _text_step(task, capabilities, steps[0].queries)
+        left = budget - sum(step.queries for step in steps)
+        templates, step = _text_step(task, capabilities, min(steps[0].queries, left))
         steps.append(step)
     plan = Plan(method, budget, tuple(steps), question, readout, templates=templates)
     if plan.queries > budget:
         raise InputError(_too_small(task, plan))
-    plan = _with_wide_bank(plan, task, capabilities)
+    if not student:  # whose own vectors tell more than any text
+        plan = _with_wide_bank(plan, task, capabilities)
     return _with_background(_with_views(plan, task, capabilities), task, capabilities)
 
 
@@ -114,7 +116,8 @@ def _question(
         most = 1
         if method is Method.OBSERVE and not student:
             wanted = n_candidates(_images_per_class(task), MOST_QUESTIONS)
-            most = min(wanted, affordable_questions(len(task), budget, capabilities))
+            left = budget - needs_canary(capabilities)
+            most = min(wanted, affordable_questions(len(task), left, capabilities))
         limit = capabilities.texts_per_request
         lists = candidate_questions(task.class_names, task.template, limit=limit, most=most)
         return Question(lists), vote_readout([len(texts) for texts in lists], n_classes, CONFIDENCE)

@@ -83,6 +83,7 @@ def test_finished_cells_are_kept_and_a_cut_line_is_done_again(bench: Any, tmp_pa
     assert {tuple(row["cell"]) for row in bench.grid.read(results)} == {(1, 0), (2, 0), (3, 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["embeddings", "softmax", "64 texts"])
 def test_one_image_per_request_tunes_to_the_same(bench: Any, data: str, kind: str) -> None:
     """What a hosted endpoint would answer is what a whole batch at once is answered."""

@@ -32,9 +32,10 @@ def fit(seen: Seen, labels: Labels, *, shrinkage: float = 1.0) -> Linear:
     counts = class_counts(labels, seen.zero_shot.shape[1])
     means = class_means(x, labels, len(counts))
     within = x - means[labels]
-    scatter = within.T @ within
-    spare = len(x) - (counts > 0).sum()  # degrees of freedom
-    variance = np.trace(scatter) / spare if spare else (x**2).sum() / len(x)
+    n_images = len(x) / seen.views
+    spare = n_images - (counts > 0).sum()  # degrees of freedom
+    scatter = within.T @ within / seen.views
+    variance = np.trace(scatter) / spare if spare > 0 else (x**2).sum() / len(x)
     ridge = shrinkage * max(variance, 1e-12)
     weight = solve(scatter + ridge * np.eye(x.shape[1]), means.T, assume_a="pos")
-    return sharpened(weight, -0.5 * (means.T * weight).sum(axis=0), counts)
+    return sharpened(weight, -0.5 * (means.T * weight).sum(axis=0), counts / seen.views)

@@ -22,10 +22,14 @@ Labels = NDArray[np.int64]
 
 
 class Seen(NamedTuple):
-    """What a head sees of images: `features` `(n, d)`, and `zero_shot` logits `(n, C)`, centred."""
+    """What a head sees of images: `features` `(n, d)`, and `zero_shot` logits `(n, C)`, centred.
+
+    Where `views` rows show each image, they count as one image.
+    """
 
     features: Floats
     zero_shot: Floats
+    views: float = 1.0
 
 
 class Linear(NamedTuple):
@@ -86,11 +90,6 @@ def gaussian_kernel(features: NDArray[Any], support: NDArray[Any], beta: Any) ->
 def class_counts(labels: Labels, n_classes: int) -> NDArray[np.int64]:
     """Images of every class, `(C,)`."""
     return np.bincount(labels, minlength=n_classes)
-
-
-def images_per_class(labels: Labels) -> float:
-    """The shots: images of a class that has any, on average."""
-    return len(labels) / max(len(np.unique(labels)), 1)
 
 
 def class_means(values: NDArray[Any], labels: Labels, n_classes: int) -> Doubles:

@@ -40,13 +40,13 @@ def fit(seen: Seen, labels: Labels, *, penalty: float = 0.1) -> Linear:
         labels: `(n,)`.
         penalty: of the squared weights of a class, on average over the classes.
     """
-    prior = prior_weight(seen.zero_shot, labels)
+    prior = prior_weight(seen, labels)
     present = class_counts(labels, seen.zero_shot.shape[1]) > 0
     offset = prior * seen.zero_shot[:, present].astype(np.float64)
     answers = (np.cumsum(present) - 1)[labels]  # among the classes that have images
-    penalties = penalty * adaptive(offset, answers)
+    penalties = penalty * seen.views * adaptive(offset, answers)
     solution = np.zeros((seen.features.shape[1] + 1, len(present)))
-    solution[:, present] = _solve(seen.features.astype(np.float64), offset, answers, penalties)
+    solution[:, present] = _solve(seen, offset, answers, penalties)
     return Linear(as_float32(solution[:-1]), as_float32(solution[-1]), as_float32(prior))
 
 
@@ -61,15 +61,16 @@ def adaptive(logits: Doubles, labels: Labels) -> Doubles:
     return relative
 
 
-def _solve(x: Doubles, offset: Doubles, labels: Labels, penalties: Doubles) -> Doubles:
+def _solve(seen: Seen, offset: Doubles, labels: Labels, penalties: Doubles) -> Doubles:
     """Weight and bias `(d + 1, C)` by L-BFGS, in coordinates of about equal curvature."""
+    x, bias_penalty = seen.features.astype(np.float64), BIAS_PENALTY * seen.views
     n, n_classes = offset.shape
     wanted = np.eye(n_classes)[labels]
     curvature = np.append((x**2).sum(axis=0), n) / n_classes
-    floor = np.append(np.full(x.shape[1], penalties.mean()), BIAS_PENALTY)
+    floor = np.append(np.full(x.shape[1], penalties.mean()), bias_penalty)
     scale = (curvature + floor) ** -0.5
     inputs = np.hstack([x, np.ones((n, 1))]) * scale
-    decay = np.vstack([np.tile(penalties, (x.shape[1], 1)), np.full(n_classes, BIAS_PENALTY)])
+    decay = np.vstack([np.tile(penalties, (x.shape[1], 1)), np.full(n_classes, bias_penalty)])
     decay = decay * scale[:, None] ** 2
 
     def loss(flat: Doubles) -> tuple[float, Doubles]:

@@ -33,10 +33,10 @@ def fit(seen: Seen, labels: Labels) -> Linear:
     means = class_means(seen.features, labels, len(counts))
     lengths = np.linalg.norm(means, axis=1, keepdims=True)
     directions = means / np.maximum(lengths, 1e-12)
-    return sharpened(directions.T, np.zeros(len(counts)), counts)
+    return sharpened(directions.T, np.zeros(len(counts)), counts / seen.views)
 
 
-def sharpened(weight: Doubles, bias: Doubles, counts: Labels) -> Linear:
+def sharpened(weight: Doubles, bias: Doubles, counts: Doubles) -> Linear:
     """A discriminant `(d, C)`, `(C,)` of classes with `counts` images, at the scale for so many."""
     present = counts > 0
     length = np.sqrt((weight[:, present] ** 2).sum(axis=0).mean())
@@ -48,6 +48,6 @@ def sharpened(weight: Doubles, bias: Doubles, counts: Labels) -> Linear:
     )
 
 
-def sharpness(counts: Labels) -> float:
+def sharpness(counts: Doubles) -> float:
     """The length of a class's discriminant, where the classes have `counts` images."""
     return SHARPNESS * float(np.sqrt(counts[counts > 0].mean()))

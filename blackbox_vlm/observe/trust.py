@@ -26,18 +26,16 @@ from blackbox_vlm.observe.heads import (
     class_counts,
     class_means,
     even_out,
-    images_per_class,
 )
 
-EXPECTED = 0.3  # the scale before any image is seen
-DOUBT = 1.0  # in units of EXPECTED: deviation of the scale's prior
-DILUTION = 1.5  # the prior's weight is DILUTION * scale / sqrt(shots)
+DEVIATION = 0.3  # of the scale's normal prior about 0, which a few images must outweigh
+DILUTION = 1.7  # the prior's weight is DILUTION * scale / sqrt(shots)
 
 
 def fit(seen: Seen, labels: Labels) -> Linear:
     """The zero-shot logits, debiased, and weighted as a prior; the features play no part."""
     offset = debias(seen.zero_shot, labels)
-    prior = prior_weight(seen.zero_shot, labels)
+    prior = prior_weight(seen, labels)
     n_features = seen.features.shape[1]
     weight = np.zeros((n_features, len(offset)), dtype=np.float32)
     return Linear(weight, as_float32(prior * offset), as_float32(prior))
@@ -50,26 +48,27 @@ def debias(zero_shot: NDArray[np.float32], labels: Labels) -> Doubles:
     return -even_out(means, present)
 
 
-def prior_weight(zero_shot: NDArray[np.float32], labels: Labels) -> float:
-    """The weight of the zero-shot logits `(n, C)` beside a classifier learned from these images."""
-    scale = likely_scale(zero_shot + debias(zero_shot, labels), labels)
-    return DILUTION * scale / float(np.sqrt(images_per_class(labels)))
+def prior_weight(seen: Seen, labels: Labels) -> float:
+    """The weight of the zero-shot logits beside a classifier learned from these images."""
+    debiased = seen.zero_shot + debias(seen.zero_shot, labels)
+    shots = len(labels) / seen.views / len(np.unique(labels))
+    return DILUTION * likely_scale(debiased, labels, seen.views) / float(np.sqrt(shots))
 
 
-def likely_scale(logits: NDArray[np.float64], labels: Labels) -> float:
+def likely_scale(logits: NDArray[np.floating], labels: Labels, views: float = 1.0) -> float:
     """The scale t >= 0 of `softmax(t logits)` of largest posterior, by Newton's method.
 
-    The log-likelihood is concave in t, and so is the normal prior of mean `EXPECTED`.
+    The log-likelihood is concave in t, and so is its normal prior. `views` rows are one image.
     """
-    rows, precision = np.arange(len(labels)), (DOUBT * EXPECTED) ** -2
-    scale = EXPECTED
+    rows, precision = np.arange(len(labels)), views * DEVIATION**-2
+    scale = DEVIATION
     for _ in range(50):
         probabilities = softmax(scale * logits, axis=1)
         mean = (probabilities * logits).sum(axis=1)
         spread = (probabilities * logits**2).sum(axis=1) - mean**2
-        slope = (mean - logits[rows, labels]).sum() + precision * (scale - EXPECTED)
+        slope = (mean - logits[rows, labels]).sum() + precision * scale
         step = slope / (spread.sum() + precision)
-        scale = max(scale - float(np.clip(step, -1, 1)), 0.0)
-        if abs(step) < 1e-6:
+        before, scale = scale, max(scale - float(np.clip(step, -1, 1)), 0.0)
+        if abs(scale - before) < 1e-6:
             break
     return scale

@@ -23,7 +23,8 @@ from test_adapter import make as make_adapter
 from test_images import BROKEN, save
 from test_tuning import make_task, options, soft_world
 
-from blackbox_vlm.adapter import WEIGHTS_FILE, Adapter
+from blackbox_vlm._adapter_file import WEIGHTS_FILE
+from blackbox_vlm.adapter import Adapter
 from blackbox_vlm.backend import open_backend
 from blackbox_vlm.console import print_csv, printable
 from blackbox_vlm.craft import cma
@@ -171,7 +172,7 @@ def planted_key(folder: Path, patch: Patch) -> None:
     patch.setenv("HOSTED_KEY", KEY)
     root, out, texts = class_folders(folder / "data", "cat", "dog"), folder / "run", list[str]()
     good = replying(REMOTE.good_answer)
-    asked = Options(budget=20, on_lost="resend")
+    asked = Options(budget=20, method="refine", on_lost="resend")
     with everything_logged() as log, ScriptedServer(good, [good, echo, good, never]) as server:
         backend = REMOTE.make_remote(server.url, 0.3, key_env="HOSTED_KEY")
         with pytest.raises(AuthError) as refusal:
