@@ -130,10 +130,11 @@ async def _readouts(meter: Meter, task: Task, plan: Plan) -> Floats:
 
 def _prior(answers: Floats, readouts: Floats, task: Task, seed: int) -> Floats:
     """The readout that the heads start from: the own template's, or a mixture that is better."""
+    prior: Floats = readouts[0]
     if len(readouts) == 1:
-        return readouts[0]
+        return prior
     assert task.labels is not None  # make_plan has refused unlabelled tasks
     logits = np.stack([centred(answers @ readout) for readout in readouts])
     weights = choose_weights(logits, task.labels, seed=seed)
-    prior: Floats = np.einsum("m,mkc->kc", weights, readouts)
+    prior = (weights[:, None, None] * readouts).sum(axis=0)
     return prior

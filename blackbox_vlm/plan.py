@@ -141,12 +141,18 @@ def needs_canary(capabilities: Capabilities) -> bool:
     return not (capabilities.deterministic or capabilities.idempotent)
 
 
-def canary_steps(capabilities: Capabilities, first: Request) -> list[Step]:
-    """A query on the endpoint's noise, where answers may vary; `first` is the first question."""
+def canary_steps(capabilities: Capabilities, first: Request, *, times: int = 1) -> list[Step]:
+    """A query on the endpoint's noise, where answers may vary.
+
+    Args:
+        capabilities: of the endpoint.
+        first: a question of the run.
+        times: 1 where it is asked before anyway, or else 2.
+    """
     if not needs_canary(capabilities):
         return []
     why = "the first question once more: do answers repeat?"
-    return [make_step("canary", split(first, capabilities)[:1], capabilities, why)]
+    return [make_step("canary", split(first, capabilities)[:1], capabilities, why, times=times)]
 
 
 def make_step(

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from blackbox_vlm.backend import Access, Capabilities, TextEmbeddings
+from blackbox_vlm.backend import (
+    Access,
+    Capabilities,
+    ImageEmbeddings,
+    Labels,
+    Request,
+    TextEmbeddings,
+    TextScores,
+)
+from blackbox_vlm.batching import split
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.observations import plain_requests
 from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step
 from blackbox_vlm.prompts.proposals import COUNT
 from blackbox_vlm.prompts.templates import Prompt, candidates, prompts
-from blackbox_vlm.racing import RacePlan, plan_race
+from blackbox_vlm.racing import RacePlan, plan_race, prompts_together
 from blackbox_vlm.task import Task
 
 KEEP = 5  # prompts at the end of a race; what a mixture may take per prediction
@@ -35,7 +44,8 @@ def plan_prompts(
         InputError: the budget cannot pay for a race of two, or the endpoint takes no texts.
     """
     entrants = first_prompts(task, descriptions)
-    first = canary_steps(capabilities, plain_requests(capabilities, task.images, task.classes)[0])
+    plain = plain_requests(capabilities, task.images, task.classes)[0]
+    first = canary_steps(capabilities, plain, times=2)  # a race may never ask it like that
     last = _last_steps(task, capabilities)
     left = budget - sum(step.queries for step in [*first, *last])
     shares = [left]
@@ -103,9 +113,7 @@ def _race_step(purpose: str, race: RacePlan, task: Task, capabilities: Capabilit
         shown = run.images
     entrants, price = race.rounds[0].candidates, capabilities.price
     texts = entrants * len(task.class_names)
-    dearest = plain_requests(
-        capabilities, task.images[: capabilities.images_per_request], task.classes
-    )
+    dearest = _dearest(task, capabilities, entrants)
     return Step(
         purpose=purpose,
         queries=race.queries,
@@ -114,6 +122,18 @@ def _race_step(purpose: str, race: RacePlan, task: Task, capabilities: Capabilit
         usd=race.queries * max(price.of(request) for request in dearest) if price else None,
         why=f"{entrants} text prompts in {len(race.rounds)} rounds on {shown} images, at most",
     )
+
+
+def _dearest(task: Task, capabilities: Capabilities, entrants: int) -> list[Request]:
+    """Requests as large as those of a race become; no other of it costs more."""
+    shown, n_classes = task.images[: capabilities.images_per_request], len(task.class_names)
+    if capabilities.access is Access.LABEL:
+        return [Labels(shown, task.classes.texts)]
+    if capabilities.access is Access.EMBEDDINGS:
+        texts = tuple(map(str, range(entrants * n_classes)))
+        return [ImageEmbeddings(shown), *split(TextEmbeddings(texts), capabilities)]
+    together = min(entrants, prompts_together(capabilities, n_classes))
+    return split(TextScores(shown, tuple(map(str, range(together * n_classes)))), capabilities)
 
 
 def _proposals(writer: Capabilities) -> Step:

@@ -244,12 +244,12 @@ async def _cosines(meter: Meter, vectors: Array, prompts: Sequence[Prompt], purp
 
 
 def _groups(capabilities: Capabilities, prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
-    size = _together(capabilities, len(prompts[0].texts))
+    size = prompts_together(capabilities, len(prompts[0].texts))
     return (prompts[at : at + size] for at in range(0, len(prompts), size))
 
 
-def _together(capabilities: Capabilities, n_classes: int) -> int:
-    """Prompts that share a question: one, where texts compete for digits, places or letters."""
+def prompts_together(capabilities: Capabilities, n_classes: int) -> int:
+    """How many share a question at most: one, where texts compete for digits, places or letters."""
     most = min(capabilities.texts_per_request or TEXTS_TOGETHER, TEXTS_TOGETHER)
     shares = capabilities.score_kind is ScoreKind.SOFTMAX
     if capabilities.top_k or (shares and (capabilities.decimals is not None or most <= LETTERS)):

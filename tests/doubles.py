@@ -89,7 +89,7 @@ class LinearWorld:
     def values(self, request: Request) -> Array:
         """What it answers, without counting."""
         if isinstance(request, ImageEmbeddings):
-            return _image_vectors(request.images).astype(np.float32)
+            return self.see(request.images).astype(np.float32)
         if isinstance(request, TextEmbeddings):
             return _text_vectors(request.texts).astype(np.float32)
         logits = self.logits(request)
@@ -104,7 +104,11 @@ class LinearWorld:
             vectors = _unit(_text_vectors(texts) + request.offset.ravel() @ self._map)
         else:
             vectors = _text_vectors(request.texts)
-        return _image_vectors(request.images) @ vectors.T * self.capabilities.logit_scale
+        return self.see(request.images) @ vectors.T * self.capabilities.logit_scale
+
+    def see(self, pictures: Sequence[Image]) -> Floats:
+        """Unit vectors of pictures, `(n, DIM)`."""
+        return _vectors(picture.sha256 for picture in pictures)
 
     def _check(self, request: Request) -> None:
         self.capabilities.check(request)
@@ -211,10 +215,6 @@ def _shown(logits: Floats, limits: Capabilities) -> NDArray[np.float32]:
     if limits.decimals is not None:
         shown = np.round(shown, limits.decimals)
     return shown.astype(np.float32)
-
-
-def _image_vectors(pictures: Sequence[Image]) -> Floats:
-    return _vectors(picture.sha256 for picture in pictures)
 
 
 def _text_vectors(texts: Sequence[str]) -> Floats:

@@ -19,7 +19,9 @@ from blackbox_vlm.observe.calibration import (
 )
 
 
-def honest(n: int, classes: int = 4, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def honest(
+    n: int, classes: int = 4, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Logits whose probabilities are those by which the labels are drawn."""
     random = np.random.default_rng(seed)
     logits = (2 * random.standard_normal((n, classes))).astype(np.float32)
@@ -32,13 +34,21 @@ def test_the_temperature_of_overstated_logits_is_found(temperature: float) -> No
     logits, labels = honest(4000)
     found = likely_temperature(temperature * logits, labels)
     assert found == pytest.approx(temperature, rel=0.1)
-    losses = [log_loss(temperature * logits / t, labels).mean() for t in found * np.array([0.9, 1, 1.1])]
+    losses = [
+        log_loss(temperature * logits / t, labels).mean() for t in found * np.array([0.9, 1, 1.1])
+    ]
     assert losses[1] == min(losses)
 
 
-def test_the_temperature_has_ends_where_the_likelihood_has_none() -> None:
+def test_three_images_all_right_are_as_sure_as_four_of_which_one_is_unknown() -> None:
     logits = 5 * np.eye(3, dtype=np.float32)
-    assert likely_temperature(logits, np.arange(3)) == pytest.approx(0.05)
+    temperature = likely_temperature(logits, np.arange(3))
+    confidence = softmax(logits / temperature, axis=1).max()
+    assert confidence == pytest.approx((3 + 1 / 3) / 4, abs=1e-4)
+
+
+def test_the_temperature_has_an_end_where_all_is_wrong_or_equal() -> None:
+    logits = 5 * np.eye(3, dtype=np.float32)
     assert likely_temperature(logits, np.array([1, 2, 0])) == pytest.approx(20)
     assert 0 < likely_temperature(0 * logits, np.arange(3)) <= 20
 
@@ -82,7 +92,12 @@ def test_the_interval_narrows_with_images() -> None:
 
 @pytest.mark.parametrize(
     ("right", "n", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (50, 100, 0.4038, 0.5962),
+    ],
 )
 def test_wilson_interval_has_its_known_values(right: int, n: int, low: float, high: float) -> None:
     assert wilson_interval(right, n) == pytest.approx((low, high), abs=1e-4)

@@ -56,16 +56,22 @@ def calibrate(logits: Floats, labels: Labels, *, seed: int) -> Calibration:
     return Calibration(temperature, ece, min(float(low), ece), max(float(high), ece), len(labels))
 
 
-def likely_temperature(logits: Floats, labels: Labels) -> float:
-    """The temperature of maximum likelihood, by Newton's method on its inverse."""
+def likely_temperature(logits: NDArray[np.floating], labels: Labels) -> float:
+    """The temperature of maximum likelihood, by Newton's method on its inverse.
+
+    Beside the `n` images, one of which nothing is known: after Platt 1999, section 2.2, so that a
+    few images, all of them right, do not make a classifier infinitely sure of itself.
+    """
     values = logits.astype(np.float64)
-    rows, inverse = np.arange(len(labels)), 1.0
+    unknown, inverse = 1 / (len(labels) + 1), 1.0
+    own = values[np.arange(len(labels)), labels]
+    wanted = ((1 - unknown) * own + unknown * values.mean(axis=1)).sum()
     for _ in range(50):
         probabilities = softmax(inverse * values, axis=1)
         mean = (probabilities * values).sum(axis=1)
         curvature = ((probabilities * values**2).sum(axis=1) - mean**2).sum()
-        slope = (mean - values[rows, labels]).sum()
-        step = float(np.clip(slope / max(curvature, 1e-12), -inverse, inverse / 2))
+        step = (mean.sum() - wanted) / max(curvature, 1e-12)
+        step = float(np.clip(step, -inverse, inverse / 2))
         before, inverse = inverse, float(np.clip(inverse - step, 1 / HOTTEST, 1 / COLDEST))
         if abs(inverse - before) < 1e-6 * before:
             break

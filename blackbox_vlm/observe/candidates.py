@@ -26,7 +26,7 @@ from blackbox_vlm.observe.features import View
 from blackbox_vlm.observe.heads import Floats, Head, Labels, as_float32
 from blackbox_vlm.observe.pooling import pool, scaled_loss
 
-PULL = 5.0  # of the pool's weights to those fixed in advance, in images
+PULL = 1.0  # of the pool's weights to those fixed in advance, in images
 LEAST_TRUST = 0.1  # expected weight of the zero-shot logits where every head holds them already
 
 

@@ -119,7 +119,7 @@ def choose(
     judged = class_counts(labels, observation.n_classes)[labels] > 1
     weights = blend(predictions, labels, judged)
     shown = _shown(support, folds, predictions, weights, judged)
-    choice = _judge(shown, labels, judged, seed)
+    choice = judge(shown, labels, judged, seed=seed)
     return _deploy(support, weights, choice), choice
 
 
@@ -171,7 +171,7 @@ def _out_of_fold(
         held = folds == fold
         seen, labels = support.of(~held)
         judged = support.observation.of(np.flatnonzero(held))
-        for view in {c.view for c in result}:
+        for view in dict.fromkeys(c.view for c in result):
             projected = fit_map(seen.answers, view)
             learned = Seen(features(projected, seen.answers), seen.zero_shot, support.views)
             shown = Seen(features(projected, judged.answers), judged.zero_shot)
@@ -198,9 +198,10 @@ def _shown(
     return {ZERO_SHOT: zero_shot, **heads, HEADS: combined}
 
 
-def _judge(
-    out_of_fold: dict[str, Floats], labels: Labels, judged: NDArray[np.bool_], seed: int
+def judge(
+    out_of_fold: dict[str, Floats], labels: Labels, judged: NDArray[np.bool_], *, seed: int
 ) -> Choice:
+    """Choose between zero-shot and the heads by predictions of the images `judged`, `(n,)`."""
     right = {n: predicted(v[judged]) == labels[judged] for n, v in out_of_fold.items()}
     loss = {n: scaled_loss(v[judged], labels[judged]) for n, v in out_of_fold.items()}
     accuracy = {name: float(values.mean()) for name, values in right.items()}
@@ -231,7 +232,8 @@ def _deploy(support: Support, weights: Weights, choice: Choice) -> Ensemble:
 def _fit(support: Support, weights: Weights) -> Ensemble:
     """The candidates with a weight, fitted to all images."""
     observation, labels = support.observation, support.labels[support.owners]
-    maps = {c.view: fit_map(observation.answers, c.view) for c in weights}
+    views = dict.fromkeys(c.view for c in weights)
+    maps = {view: fit_map(observation.answers, view) for view in views}
     members = []
     for candidate, weight in weights.items():
         projected = maps[candidate.view]

@@ -41,14 +41,15 @@ def fit(seen: Seen, labels: Labels, *, beta: float = 1.0, penalty: float = 0.3) 
     counts = class_counts(labels, seen.zero_shot.shape[1])
     x = seen.features.astype(np.float64)
     prior = prior_weight(seen, labels)
-    probabilities = softmax(prior * (seen.zero_shot + debias(seen.zero_shot, labels)), axis=1)
+    probabilities = softmax(prior * (seen.zero_shot + debias(seen, labels)), axis=1)
     gram = gaussian_kernel(x, x, beta)
     residual = even_out(np.eye(len(counts))[labels] - probabilities, counts > 0)
     coefficients = solve(gram + penalty * seen.views * np.eye(len(x)), residual, assume_a="pos")
-    lengths = (coefficients * (gram @ coefficients)).sum(axis=0)[counts > 0]
+    squares = (coefficients * (gram @ coefficients)).sum(axis=0)[counts > 0]
+    scale = sharpness(counts / seen.views) / np.sqrt(max(squares.mean(), 1e-24))
     return Kernel(
         seen.features,
-        as_float32(sharpness(counts / seen.views) / np.sqrt(lengths.mean()) * coefficients),
+        as_float32(scale * coefficients),
         np.zeros(len(counts), dtype=np.float32),
         as_float32(beta),
         as_float32(0),

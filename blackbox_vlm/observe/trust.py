@@ -34,23 +34,30 @@ DILUTION = 1.7  # the prior's weight is DILUTION * scale / sqrt(shots)
 
 def fit(seen: Seen, labels: Labels) -> Linear:
     """The zero-shot logits, debiased, and weighted as a prior; the features play no part."""
-    offset = debias(seen.zero_shot, labels)
+    offset = debias(seen, labels)
     prior = prior_weight(seen, labels)
     n_features = seen.features.shape[1]
     weight = np.zeros((n_features, len(offset)), dtype=np.float32)
     return Linear(weight, as_float32(prior * offset), as_float32(prior))
 
 
-def debias(zero_shot: NDArray[np.float32], labels: Labels) -> Doubles:
-    """What evens out the classes' mean logits, `(C,)`; zero for a class without images."""
+def debias(seen: Seen, labels: Labels) -> Doubles:
+    """What evens out the classes' mean logits, `(C,)`; zero for a class without images.
+
+    As much of it is left out as chance would bring: the positive-part estimator of James & Stein.
+    """
+    zero_shot, n_images = seen.zero_shot, len(labels) / seen.views
     present = class_counts(labels, zero_shot.shape[1]) > 0
     means = class_means(zero_shot, labels, len(present))[present].mean(axis=0)
-    return -even_out(means, present)
+    offset = even_out(means, present)
+    chance = zero_shot[:, present].var(axis=0, dtype=np.float64).mean() / n_images
+    found = (offset**2).sum() / max(present.sum() - 1, 1)
+    return -max(0.0, 1 - chance / max(found, 1e-12)) * offset
 
 
 def prior_weight(seen: Seen, labels: Labels) -> float:
     """The weight of the zero-shot logits beside a classifier learned from these images."""
-    debiased = seen.zero_shot + debias(seen.zero_shot, labels)
+    debiased = seen.zero_shot + debias(seen, labels)
     shots = len(labels) / seen.views / len(np.unique(labels))
     return DILUTION * likely_scale(debiased, labels, seen.views) / float(np.sqrt(shots))
 
