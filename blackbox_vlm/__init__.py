@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from blackbox_vlm.errors import BlackboxError
     from blackbox_vlm.evaluation import Evaluation, evaluate
     from blackbox_vlm.images import Image
+    from blackbox_vlm.result import TuneResult
     from blackbox_vlm.task import Task
-    from blackbox_vlm.tuning import Options, TuneResult, dry_run, tune
+    from blackbox_vlm.tuning import Options, dry_run, tune
 
 _HOMES = {
     "Adapter": "adapter",
@@ -34,7 +35,7 @@ _HOMES = {
     "Options": "tuning",
     "Predictions": "adapter",
     "Task": "task",
-    "TuneResult": "tuning",
+    "TuneResult": "result",
     "demo_folder": "demo",
     "dry_run": "tuning",
     "evaluate": "evaluation",

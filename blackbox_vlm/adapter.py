@@ -26,7 +26,7 @@ from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.local_encoder import join_vectors, open_local_encoder
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Floats, Logits, Question, ask
-from blackbox_vlm.observe.choose import Ensemble, ensemble_logits
+from blackbox_vlm.observe.ensemble import Ensemble, ensemble_logits
 from blackbox_vlm.observe.tensors import from_tensors, to_tensors
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.scores import centred, predicted

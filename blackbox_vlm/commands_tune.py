@@ -31,9 +31,9 @@ from blackbox_vlm.console import (
 if TYPE_CHECKING:
     from blackbox_vlm.backend import Backend
     from blackbox_vlm.ledger import Lost
+    from blackbox_vlm.result import TuneResult
     from blackbox_vlm.settings import Settings
     from blackbox_vlm.task import Task
-    from blackbox_vlm.tuning import TuneResult
 
 
 @click.command()
@@ -149,6 +149,8 @@ def demo(budget: int, shots: int, out: Path, seed: int, as_json: bool) -> None:
             ("adapter", result.adapter),
         ],
     )
+    if result.stopped:
+        click.echo(result.stopped)
 
 
 def _run(settings: Settings, out: Path, *, resume: bool, **limits: Any) -> TuneResult:
@@ -212,6 +214,7 @@ def _show_plan(settings: Settings, *, as_json: bool) -> None:
                 "queries": plan.queries,
                 "usd": plan.usd,
                 "steps": steps,
+                "queries_per_image": plan.queries_per_image,
                 "notes": plan.notes,
             }
         )
@@ -219,7 +222,11 @@ def _show_plan(settings: Settings, *, as_json: bool) -> None:
     rows = [(f"{step.purpose}: {step.why}", queries(step.queries)) for step in plan.steps]
     print_table(
         f"method {plan.method.value}, budget {plan.budget}",
-        [*rows, ("in all", f"{queries(plan.queries)}, {usd(plan.usd)}")],
+        [
+            *rows,
+            ("in all", f"{queries(plan.queries)}, {usd(plan.usd)}"),
+            ("a prediction, from a budget of its own", queries(plan.queries_per_image)),
+        ],
     )
     for note in plan.notes:
         click.echo(note)

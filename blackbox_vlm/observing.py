@@ -136,5 +136,4 @@ def _prior(answers: Floats, readouts: Floats, task: Task, seed: int) -> Floats:
     assert task.labels is not None  # make_plan has refused unlabelled tasks
     logits = np.stack([centred(answers @ readout) for readout in readouts])
     weights = choose_weights(logits, task.labels, seed=seed)
-    prior = (weights[:, None, None] * readouts).sum(axis=0)
-    return prior
+    return np.asarray((weights[:, None, None] * readouts).sum(axis=0), dtype=np.float32)

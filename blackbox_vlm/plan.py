@@ -85,6 +85,7 @@ class Plan:
         prompts: text prompts that enter a race, the task's own first.
         races: of text prompts; the second one tries what a language model proposes.
         stages: CraFT's searches on folds, then the one that is deployed.
+        queries_per_image: what a prediction will take at most, from a budget of its own.
         notes: what people should know about it, a sentence each.
     """
 
@@ -100,6 +101,7 @@ class Plan:
     prompts: tuple[Prompt, ...] = ()
     races: tuple[RacePlan, ...] = ()
     stages: tuple[Stage, ...] = ()
+    queries_per_image: int = 1
     notes: tuple[str, ...] = ()
 
     @property

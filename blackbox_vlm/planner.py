@@ -102,6 +102,7 @@ def _plan_observation(
         raise InputError(_too_small(task, plan))
     if not student:  # whose own vectors tell more than any text
         plan = _with_wide_bank(plan, task, capabilities)
+    plan = replace(plan, queries_per_image=_per_image(plan, task, capabilities))
     return _with_background(_with_views(plan, task, capabilities), task, capabilities)
 
 
@@ -170,6 +171,14 @@ def text_requests(task: Task, templates: Iterable[str]) -> list[TextEmbeddings]:
 
 def _text_queries(task: Task, templates: tuple[str, ...], capabilities: Capabilities) -> int:
     return len(distinct(text_requests(task, templates), capabilities))
+
+
+def _per_image(plan: Plan, task: Task, capabilities: Capabilities) -> int:
+    """What a prediction takes at most: of the texts and questions, only some stay."""
+    assert plan.question is not None
+    lists = tuple(texts[: plan.prune_to] for texts in plan.question.lists[:MOST_QUESTIONS])
+    asked = Question(lists).requests(task.images[:1], task.classes, capabilities.access)
+    return len(distinct(asked, capabilities))
 
 
 def _with_background(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:

@@ -12,6 +12,7 @@ from blackbox_vlm.plan import Plan
 from blackbox_vlm.search import Progress
 
 LINE_EVERY = 10.0  # seconds between plain lines
+ENOUGH = 20  # queries that a guess of the time left is based on
 
 
 class Reporter:
@@ -70,7 +71,7 @@ class Reporter:
             self._line("; ".join(filter(None, (spent, self._note, self._time_left(now)))))
 
     def _time_left(self, now: float) -> str:
-        if self._first is None or self._spent <= self._first[1]:
+        if self._first is None or self._spent - self._first[1] < ENOUGH:
             return ""
         pace = (now - self._first[0]) / (self._spent - self._first[1])
         return f"about {pace * max(0, self._total - self._spent):.0f} s to go"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from blackbox_vlm._version import __version__
-from blackbox_vlm.adapter import Adapter
 from blackbox_vlm.backend import Backend, Capabilities, check_texts
 from blackbox_vlm.beside import Beside
 from blackbox_vlm.craft.guard import Verdict
@@ -25,6 +24,7 @@ from blackbox_vlm.plan import Method, Plan, check_max_cost, needs_canary
 from blackbox_vlm.plan_prompts import plan_prompts
 from blackbox_vlm.planner import make_plan
 from blackbox_vlm.prompting import tune_prompts
+from blackbox_vlm.result import TuneResult, adapter_of, result_of
 from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.search import CraftRun, Progress, Searched
@@ -56,48 +56,6 @@ class Options:
     on_lost: Lost = "stop"
     local_encoder: str | None = None
     descriptions: Mapping[str, Sequence[str]] | None = None
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a run came to. Accuracies are fractions, on the training images.
-
-    Attributes:
-        zero_shot_accuracy: of the endpoint's own predictions.
-        tuned_accuracy: out-of-fold, of the strategy that was chosen; None without a guard.
-        strategy: what the adapter deploys.
-        queries_spent: of `budget`; `queries_planned` of them were foreseen.
-        queries_per_image: what predicting one image costs.
-        stopped: why the run stopped before its plan was done; None if it did not.
-        out_of_fold_accuracy: of every strategy that was compared; empty where nothing could be.
-        calibration: temperature, expected calibration error and its interval, out-of-fold; None
-            where nothing could be judged.
-        cost_usd: None where the endpoint declares no price.
-        noise: the largest difference between two answers to one question; None if not asked.
-        adapter: its folder.
-    """
-
-    budget: int
-    queries_planned: int
-    queries_spent: int
-    images_shown: int
-    cost_usd: float | None
-    method: str
-    recipe: str
-    seed: int
-    strategy: str
-    reason: str
-    zero_shot_accuracy: float
-    tuned_accuracy: float | None
-    noise: float | None
-    spent_by_purpose: dict[str, int]
-    queries_per_image: int
-    stopped: str | None
-    out_of_fold_accuracy: dict[str, float]
-    calibration: dict[str, float] | None
-    n_images: int
-    n_classes: int
-    adapter: str
 
 
 def dry_run(
@@ -218,9 +176,15 @@ def tune(
         local = Beside(options.local_encoder, options.descriptions, run, stack, writers)
         work = _tune(task, made, options, meter, ledger, local, on_progress)
         deployed = run_sync(work)
-        adapter = _adapter(task, backend.capabilities, made, options, deployed, ledger.totals())
-        result = _result(task, made, options, deployed, ledger, run)
-        result = replace(result, queries_per_image=adapter.queries(1, backend.capabilities))
+        how = (made, options.recipe, options.seed, deployed)
+        adapter = adapter_of(task, backend.capabilities, *how, ledger.totals())
+        result = result_of(
+            task,
+            *how,
+            ledger,
+            adapter=run.adapter,
+            queries_per_image=adapter.queries(1, backend.capabilities),
+        )
         adapter.save_pretrained(run.adapter)
         run.write_result(asdict(result))
     return result
@@ -310,76 +274,6 @@ def _without_craft(heads: Deployment, verdict: Verdict) -> Deployment:
     )
     craft = {strategy.value: accuracy for strategy, accuracy in verdict.accuracy.items()}
     return replace(heads, accuracy={**craft, **heads.accuracy}, stopped=stopped)
-
-
-def _result(
-    task: Task,
-    made: Plan,
-    options: Options,
-    deployed: Deployment,
-    ledger: Ledger,
-    run: RunDirectory,
-) -> TuneResult:
-    totals = ledger.totals()
-    return TuneResult(
-        budget=totals.budget,
-        queries_planned=made.queries,
-        queries_spent=totals.queries,
-        images_shown=totals.images,
-        cost_usd=totals.cost if totals.cost or made.usd is not None else None,
-        method=made.method.value,
-        recipe=options.recipe,
-        seed=options.seed,
-        strategy=deployed.strategy,
-        reason=deployed.reason,
-        zero_shot_accuracy=deployed.zero_shot_accuracy,
-        tuned_accuracy=deployed.accuracy.get(deployed.strategy),
-        noise=deployed.noise,
-        spent_by_purpose=ledger.by_purpose(),
-        queries_per_image=0,
-        stopped=deployed.stopped,
-        out_of_fold_accuracy=dict(deployed.accuracy),
-        calibration=asdict(deployed.calibration) if deployed.calibration else None,
-        n_images=len(task),
-        n_classes=len(task.class_names),
-        adapter=str(run.adapter),
-    )
-
-
-def _adapter(
-    task: Task,
-    capabilities: Capabilities,
-    made: Plan,
-    options: Options,
-    deployed: Deployment,
-    totals: Totals,
-) -> Adapter:
-    return Adapter(
-        strategy=deployed.strategy,
-        classes=task.classes,
-        model_id=capabilities.model_id,
-        access=capabilities.access,
-        question=deployed.question,
-        ensemble=deployed.ensemble,
-        zero_shot=deployed.zero_shot,
-        local_encoder=deployed.local_encoder,
-        recipe={
-            "version": __version__,
-            "method": made.method.value,
-            "seed": options.seed,
-            "settings": asdict(recipe_named(options.recipe)),
-            "data": task.fingerprint(),
-            "n_images": len(task),
-            "out_of_fold_accuracy": dict(deployed.accuracy),
-            "out_of_fold_log_loss": dict(deployed.log_loss),
-        },
-        cost={
-            "queries": totals.queries,
-            "images": totals.images,
-            "texts": totals.texts,
-            "usd": totals.cost,
-        },
-    )
 
 
 def _fingerprint(

@@ -22,6 +22,19 @@ def load() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
+def few_drawings() -> Iterator[int]:
+    """How many there are now: each of the usual 250 costs a model in this process 20 ms."""
+    from blackbox_vlm import observing, planner
+    from blackbox_vlm.background import background_images
+
+    few = background_images()[:8]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (observing, planner):
+            patch.setattr(module, "background_images", lambda: few)
+        yield len(few)
+
+
+@pytest.fixture(scope="module")
 def one_load(load: Callable[..., Any]) -> Iterator[None]:
     """However many local black boxes are opened, each model is loaded once."""
     with pytest.MonkeyPatch.context() as patch:

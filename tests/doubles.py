@@ -91,7 +91,7 @@ class LinearWorld:
         if isinstance(request, ImageEmbeddings):
             return self.see(request.images).astype(np.float32)
         if isinstance(request, TextEmbeddings):
-            return _text_vectors(request.texts).astype(np.float32)
+            return self.read(request.texts).astype(np.float32)
         logits = self.logits(request)
         if isinstance(request, TextScores | PromptScores):
             return _shown(logits, self.capabilities)
@@ -101,14 +101,18 @@ class LinearWorld:
         """The logits behind its answers, `(n_images, n_texts)` float64."""
         if isinstance(request, PromptScores):
             texts = [request.template.replace("{}", name) for name in request.class_names]
-            vectors = _unit(_text_vectors(texts) + request.offset.ravel() @ self._map)
+            vectors = _unit(self.read(texts) + request.offset.ravel() @ self._map)
         else:
-            vectors = _text_vectors(request.texts)
+            vectors = self.read(request.texts)
         return self.see(request.images) @ vectors.T * self.capabilities.logit_scale
 
     def see(self, pictures: Sequence[Image]) -> Floats:
         """Unit vectors of pictures, `(n, DIM)`."""
         return _vectors(picture.sha256 for picture in pictures)
+
+    def read(self, texts: Sequence[str]) -> Floats:
+        """Unit vectors of texts, `(n, DIM)`."""
+        return _vectors(f"text {text}" for text in texts)
 
     def _check(self, request: Request) -> None:
         self.capabilities.check(request)
@@ -215,10 +219,6 @@ def _shown(logits: Floats, limits: Capabilities) -> NDArray[np.float32]:
     if limits.decimals is not None:
         shown = np.round(shown, limits.decimals)
     return shown.astype(np.float32)
-
-
-def _text_vectors(texts: Sequence[str]) -> Floats:
-    return _vectors(f"text {text}" for text in texts)
 
 
 def _vectors(names: Iterable[str]) -> Floats:

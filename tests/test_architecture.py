@@ -40,7 +40,7 @@ LAYERS = [
     {"search", "observing", "proposing"},
     {"deployment", "progress", "_adapter_file"},
     {"prompting", "adapter"},
-    {"run_directory", "evaluation"},
+    {"run_directory", "evaluation", "result"},
     {"beside"},
     {"tuning"},
     {"endpoint", "evidence"},

@@ -9,8 +9,23 @@ from scipy.special import log_softmax
 
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.observe import candidates
-from blackbox_vlm.observe.candidates import CANDIDATES, JOINS, TRUST, Candidate, blend
-from blackbox_vlm.observe.choose import Ensemble, choose, ensemble_logits, flatten, judge
+from blackbox_vlm.observe.candidates import (
+    CANDIDATES,
+    JOINS,
+    TRUST,
+    Candidate,
+    Predictions,
+    Weights,
+    blend,
+)
+from blackbox_vlm.observe.choose import (
+    Ensemble,
+    choose,
+    ensemble_logits,
+    expected_gain,
+    flatten,
+    judge,
+)
 from blackbox_vlm.observe.features import View, fit_map
 from blackbox_vlm.observe.heads import Floats, Kernel, Labels, Linear, Seen, as_float32
 from blackbox_vlm.observe.observation import Observation
@@ -114,6 +129,20 @@ def test_a_fold_is_mapped_without_its_images(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(map(len, left_out)) == [0] * len(views) + [5] * 4 * len(views)
 
 
+def test_the_pool_of_a_fold_is_made_on_the_other_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[NDArray[np.bool_]] = []
+
+    def remember(told: Predictions, labels: Labels, images: NDArray[np.bool_]) -> Weights:
+        judged.append(images)
+        return blend(told, labels, images)
+
+    monkeypatch.setattr("blackbox_vlm.observe.choose.blend", remember)
+    choose(*world(4), seed=0)
+    everything, *folds = judged
+    assert everything.all()
+    np.testing.assert_array_equal(sum(~images for images in folds), np.ones(20))
+
+
 def test_views_of_an_image_count_as_that_image() -> None:
     observation, labels = world(3)
     doubled = Observation(np.tile(observation.answers, (2, 1)), observation.readout)
@@ -184,6 +213,12 @@ def test_among_24_images_three_more_right_are_clear_and_one_more_is_not(
         "heads": predictions(right_heads, 3 if right_heads < 10 else 0),
     }
     assert judge(shown, labels, np.ones(24, dtype=bool), seed=0).chosen == chosen
+
+
+def test_what_ten_images_say_against_the_heads_is_not_enough_but_a_hundred_are() -> None:
+    gains = np.repeat([-1.0, 1.0, 0.0], [3, 1, 6])
+    assert expected_gain(gains) > 0
+    assert expected_gain(np.tile(gains, 10)) < 0
 
 
 # Few images ---------------------------------------------------------------------------------------
@@ -262,6 +297,13 @@ def test_the_pool_is_at_its_minimum_and_never_negative() -> None:
     for _ in range(50):
         near = np.maximum(weights + 0.05 * random.standard_normal(3), 0)
         assert loss(near) > loss(weights) - 1e-3
+
+
+def test_a_prediction_that_says_the_opposite_gets_no_weight() -> None:
+    predictions, labels = honest(300, 5)
+    weights = pool([predictions[0], -predictions[1]], labels, np.full(2, 0.5), pull=1.0)
+    assert weights[0] > 0.5
+    assert weights[1] == 0
 
 
 @pytest.mark.parametrize("knows", [True, False])

@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 
 import blackbox_vlm
 from blackbox_vlm import demo_folder
+from blackbox_vlm.adapter import Adapter
 from blackbox_vlm.cli import main
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.testing import Received, ScriptedServer
@@ -233,6 +234,52 @@ def test_every_access_level_tunes_and_evaluates(
     tuned = ok(*words, "--method", "refine", "--out", tmp_path / "run")
     assert plan["queries"] == tuned["queries_spent"]
     assert ok("evaluate", tmp_path / "run", small)["n_images"] == 12
+
+
+@pytest.mark.parametrize(
+    ("access", "method", "strategies"),
+    [
+        ("soft", None, {"heads", "prompt", "refiner", "prompt+refiner"}),
+        ("soft", "craft", {"prompt", "refiner", "prompt+refiner", "zero-shot"}),
+        ("scores", None, {"heads"}),
+        ("scores", "refine", {"heads", "zero-shot"}),
+        ("scores", "kernel", {"heads", "zero-shot"}),
+        ("embeddings", None, {"heads"}),
+        ("embeddings", "prompts", {"text prompt", "text prompts", "zero-shot"}),
+        ("label", None, {"heads", "zero-shot"}),
+        ("label", "prompts", {"text prompt", "text prompts", "zero-shot"}),
+    ],
+)
+def test_an_adapter_of_every_strategy_serves_whoever_loads_it(
+    one_load: None,
+    few_drawings: int,
+    small: Path,
+    tmp_path: Path,
+    access: str,
+    method: str | None,
+    strategies: set[str],
+) -> None:
+    """Tuned in one command, used in others; what they spend is what tuning said."""
+    chosen = () if method is None else ("--method", method)
+    words = ("tune", small, "--shots", 4, "--budget", 170, "--access", access, *chosen)
+    limits = ("--restrict", "images_per_request=6")
+    tuned = ok(*words, *limits, "--out", tmp_path / "run")
+    assert tuned["strategy"] in strategies
+    evaluated = ok("evaluate", tmp_path / "run", small)
+    assert evaluated["strategy"] == tuned["strategy"]
+    files = sorted((small / "test").rglob("*.png"))
+    predicted = ok("predict", tmp_path / "run", *files)
+    assert (
+        predicted["queries_spent"] == 2 * tuned["queries_per_image"]
+    )  # twelve images, six in each
+    right = [Path(row["path"]).parent.name == row["label"] for row in predicted["predictions"]]
+    assert sum(right) / len(files) == evaluated["accuracy"]
+    assert (evaluated["queries_spent"] == predicted["queries_spent"]) == _reads_zero_shot(tmp_path)
+
+
+def _reads_zero_shot(folder: Path) -> bool:
+    """Whether the endpoint's own prediction is read off the answers that the adapter asks for."""
+    return Adapter.from_pretrained(folder / "run" / "adapter").zero_shot is not None
 
 
 # -- a hosted endpoint --------------------------------------------------------------------------

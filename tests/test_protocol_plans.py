@@ -22,30 +22,23 @@ from scipy.special import log_softmax
 from test_chat import completion, listed, said, token
 from test_cli import ok
 
-from blackbox_vlm import demo_folder, observing, planner
+from blackbox_vlm import demo_folder
 from blackbox_vlm.backend import Backend, TextScores, open_backend
-from blackbox_vlm.background import background_images
 from blackbox_vlm.endpoint import Endpoint
 from blackbox_vlm.images import Image
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.testing import ScriptedServer
 from blackbox_vlm.testing.server import replying
 
-CLASSES, SHOTS, DRAWINGS = 3, 3, 8
+CLASSES, SHOTS = 3, 3
+DRAWINGS = 8  # as the fixture leaves them
 N = CLASSES * SHOTS
 QUESTIONS = 10  # that are tried at three images per class
 
 Served = tuple[Endpoint, Callable[[], int]]  # and how much its owner billed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_drawings(one_load: None) -> Iterator[None]:
-    """There are 250 drawings, and a request for each where it carries one; a few are as good."""
-    few = background_images()[:DRAWINGS]
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (planner, observing):
-            patch.setattr(module, "background_images", lambda: few)
-        yield
+pytestmark = pytest.mark.usefixtures("one_load", "few_drawings")
 
 
 @pytest.fixture(scope="module")

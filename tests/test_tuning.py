@@ -27,8 +27,9 @@ from blackbox_vlm.errors import (
 )
 from blackbox_vlm.evaluation import evaluate, evaluation_cost, predict
 from blackbox_vlm.ledger import Ledger
+from blackbox_vlm.result import TuneResult
 from blackbox_vlm.task import Task
-from blackbox_vlm.tuning import Options, TuneResult, dry_run, tune
+from blackbox_vlm.tuning import Options, dry_run, tune
 
 SMALL = {"intrinsic_dimension": 8, "population_size": 6, "hidden": 8, "fit_epochs": 5}
 BUDGET = 100

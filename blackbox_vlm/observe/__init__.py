@@ -7,9 +7,15 @@ prediction is read from them. Everything after that is local and free:
     observation.py  answers (n, K), and the readout (K, C) that makes zero-shot logits of them
     bank.py         which texts to ask about, beside the class names
     features.py     answers -> features: centring, principal components, partial whitening
-    gaussian.py, prototypes.py, linear.py, kernel.py, refiner.py
-                    the heads: features and zero-shot logits -> logits
-    choose.py       out-of-fold predictions, the choice among heads, their combination
+    heads.py        what a head is: features and zero-shot logits -> logits
+    gaussian.py, prototypes.py, linear.py, kernel.py, refiner.py, trust.py
+                    the heads; the last is the zero-shot classifier, weighed
+    candidates.py   which of them compete, with which settings
+    choose.py       out-of-fold predictions, the choice among them, their combination
+    pooling.py, ensemble.py
+                    weights of a combination, and the combination itself
     calibration.py  temperature, expected calibration error with an interval
-    votes.py        the same for endpoints that only name a label
+    questions.py, votes.py, naive_bayes.py
+                    the same for endpoints that only name a label
+    tensors.py      a combination as arrays, for whoever stores it
 """

@@ -5,8 +5,8 @@ images after learning from the others, its features included: a whitening that h
 out images would make them look as those do that it learned from. The best are pooled
 (candidates.py), and the pool's own prediction of a fold comes from candidates and weights chosen
 on the other folds. The endpoint's own zero-shot logits are deployed in its place where they have
-the lower log loss and are right more often, by more than one standard error of the difference over
-the same images. That they are a member of every pool makes this rare.
+the lower log loss and must be expected to be right more often, by the same images and what heads
+gain elsewhere (`expected_gain`). That they are a member of every pool makes this rare.
 
 At one image per class nothing can be held out: the settings and weights fixed in advance stand,
 and only the trust in the zero-shot logits is measured (trust.py).

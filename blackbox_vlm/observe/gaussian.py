@@ -34,7 +34,7 @@ def fit(seen: Seen, labels: Labels, *, shrinkage: float = 1.0) -> Linear:
     within = x - means[labels]
     n_images = len(x) / seen.views
     spare = n_images - (counts > 0).sum()  # degrees of freedom
-    scatter = within.T @ within / seen.views
+    scatter = within.T @ within
     variance = np.trace(scatter) / spare if spare > 0 else (x**2).sum() / len(x)
     ridge = shrinkage * max(variance, 1e-12)
     weight = solve(scatter + ridge * np.eye(x.shape[1]), means.T, assume_a="pos")

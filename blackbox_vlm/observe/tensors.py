@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blackbox_vlm.observe.choose import Ensemble, Member
+from blackbox_vlm.observe.ensemble import Ensemble, Member
 from blackbox_vlm.observe.features import FeatureMap
 from blackbox_vlm.observe.heads import Fitted, Kernel, Linear, Residual
 

@@ -1,0 +1,133 @@
+"""What a run reports and leaves: its result, and the adapter with its provenance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from blackbox_vlm._version import __version__
+from blackbox_vlm.adapter import Adapter
+from blackbox_vlm.backend import Capabilities
+from blackbox_vlm.craft.recipes import recipe_named
+from blackbox_vlm.deployment import Deployment
+from blackbox_vlm.ledger import Ledger, Totals
+from blackbox_vlm.plan import Plan
+from blackbox_vlm.task import Task
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run came to. Accuracies are fractions, on the training images.
+
+    Attributes:
+        zero_shot_accuracy: of the endpoint's own predictions.
+        tuned_accuracy: out-of-fold, of the strategy that was chosen; None without a guard.
+        strategy: what the adapter deploys.
+        queries_spent: of `budget`; `queries_planned` of them were foreseen.
+        queries_per_image: what predicting one image costs.
+        stopped: why the run stopped before its plan was done; None if it did not.
+        out_of_fold_accuracy: of every strategy that was compared; empty where nothing could be.
+        calibration: temperature, expected calibration error and its interval, out-of-fold; None
+            where nothing could be judged.
+        cost_usd: None where the endpoint declares no price.
+        noise: the largest difference between two answers to one question; None if not asked.
+        adapter: its folder.
+    """
+
+    budget: int
+    queries_planned: int
+    queries_spent: int
+    images_shown: int
+    cost_usd: float | None
+    method: str
+    recipe: str
+    seed: int
+    strategy: str
+    reason: str
+    zero_shot_accuracy: float
+    tuned_accuracy: float | None
+    noise: float | None
+    spent_by_purpose: dict[str, int]
+    queries_per_image: int
+    stopped: str | None
+    out_of_fold_accuracy: dict[str, float]
+    calibration: dict[str, float] | None
+    n_images: int
+    n_classes: int
+    adapter: str
+
+
+def result_of(
+    task: Task,
+    made: Plan,
+    recipe: str,
+    seed: int,
+    deployed: Deployment,
+    ledger: Ledger,
+    *,
+    adapter: Path,
+    queries_per_image: int,
+) -> TuneResult:
+    """The result of a run whose adapter is in a folder, and costs so much per prediction."""
+    totals = ledger.totals()
+    return TuneResult(
+        budget=totals.budget,
+        queries_planned=made.queries,
+        queries_spent=totals.queries,
+        images_shown=totals.images,
+        cost_usd=totals.cost if totals.cost or made.usd is not None else None,
+        method=made.method.value,
+        recipe=recipe,
+        seed=seed,
+        strategy=deployed.strategy,
+        reason=deployed.reason,
+        zero_shot_accuracy=deployed.zero_shot_accuracy,
+        tuned_accuracy=deployed.accuracy.get(deployed.strategy),
+        noise=deployed.noise,
+        spent_by_purpose=ledger.by_purpose(),
+        queries_per_image=queries_per_image,
+        stopped=deployed.stopped,
+        out_of_fold_accuracy=dict(deployed.accuracy),
+        calibration=asdict(deployed.calibration) if deployed.calibration else None,
+        n_images=len(task),
+        n_classes=len(task.class_names),
+        adapter=str(adapter),
+    )
+
+
+def adapter_of(
+    task: Task,
+    capabilities: Capabilities,
+    made: Plan,
+    recipe: str,
+    seed: int,
+    deployed: Deployment,
+    totals: Totals,
+) -> Adapter:
+    """The adapter of a deployment, with how it was made and what that cost."""
+    return Adapter(
+        strategy=deployed.strategy,
+        classes=task.classes,
+        model_id=capabilities.model_id,
+        access=capabilities.access,
+        question=deployed.question,
+        ensemble=deployed.ensemble,
+        zero_shot=deployed.zero_shot,
+        local_encoder=deployed.local_encoder,
+        recipe={
+            "version": __version__,
+            "method": made.method.value,
+            "seed": seed,
+            "settings": asdict(recipe_named(recipe)),
+            "data": task.fingerprint(),
+            "n_images": len(task),
+            "out_of_fold_accuracy": dict(deployed.accuracy),
+            "out_of_fold_log_loss": dict(deployed.log_loss),
+        },
+        cost={
+            "queries": totals.queries,
+            "images": totals.images,
+            "texts": totals.texts,
+            "usd": totals.cost,
+        },
+    )
