@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from blackbox_vlm.backend import Access
 from blackbox_vlm.craft.refine import Refiner
 from blackbox_vlm.observations import Floats, Logits, Question, plain_question
+from blackbox_vlm.observe.ballots import question_columns, vote_readout
 from blackbox_vlm.observe.calibration import Calibration
 from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT, Choice, choose
 from blackbox_vlm.observe.ensemble import Ensemble, Member, flatten
 from blackbox_vlm.observe.features import FeatureMap, before, observe_in
 from blackbox_vlm.observe.heads import Residual
 from blackbox_vlm.observe.naive_bayes import CONFIDENCE
-from blackbox_vlm.observe.votes import choose_questions, question_columns, vote_readout
+from blackbox_vlm.observe.votes import choose_questions
 from blackbox_vlm.observing import Observed
 from blackbox_vlm.plan import Method
 from blackbox_vlm.scores import predicted

@@ -25,8 +25,8 @@ from blackbox_vlm.backend import (
 )
 from blackbox_vlm.images import Image
 from blackbox_vlm.meter import Meter
+from blackbox_vlm.observe.ballots import encode_votes, vote_readout
 from blackbox_vlm.observe.naive_bayes import CONFIDENCE
-from blackbox_vlm.observe.votes import encode_votes, vote_readout
 from blackbox_vlm.scores import centred
 from blackbox_vlm.task import Classes
 

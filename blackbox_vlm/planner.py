@@ -25,6 +25,7 @@ from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
 from blackbox_vlm.observations import Floats, Question, plain_question
+from blackbox_vlm.observe.ballots import vote_readout
 from blackbox_vlm.observe.bank import bank_size, make_bank
 from blackbox_vlm.observe.naive_bayes import CONFIDENCE
 from blackbox_vlm.observe.questions import (
@@ -32,7 +33,7 @@ from blackbox_vlm.observe.questions import (
     candidate_questions,
     n_candidates,
 )
-from blackbox_vlm.observe.votes import MOST_QUESTIONS, vote_readout
+from blackbox_vlm.observe.votes import MOST_QUESTIONS
 from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step, needs_canary
 from blackbox_vlm.plan_craft import plan_craft, search_steps
 from blackbox_vlm.prompts.templates import candidates

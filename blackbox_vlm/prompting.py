@@ -13,9 +13,9 @@ from blackbox_vlm.deployment import Deployment
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Floats, Question, plain_requests, vector_readout
+from blackbox_vlm.observe.ballots import encode_votes, vote_readout
 from blackbox_vlm.observe.ensemble import Ensemble
 from blackbox_vlm.observe.naive_bayes import CONFIDENCE
-from blackbox_vlm.observe.votes import encode_votes, vote_readout
 from blackbox_vlm.plan import Plan, needs_canary
 from blackbox_vlm.plan_prompts import KEEP, Descriptions, first_prompts, purpose
 from blackbox_vlm.prompts.choice import choose_prompts

@@ -86,7 +86,7 @@ def test_imports_go_one_way(path: Path) -> None:
     higher = {r for r in rooms_used(path) if r != here and LEVEL[r] > LEVEL[here]}
     sideways = {r for r in rooms_used(path) if r != here and LEVEL[r] == LEVEL[here]}
     assert not higher, f"{here} reaches up to {higher}"
-    allowed = [{"_classes", "_layout", "augment", "background", "images"}, {"craft", "observations"}]
+    allowed = [{"_classes", "_layout", "augment", "background", "images"}]
     assert not sideways or any({here, *sideways} <= group for group in allowed), sideways
 
 

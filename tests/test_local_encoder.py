@@ -21,10 +21,11 @@ from blackbox_vlm.local_encoder import (
     parse_spec,
     with_vectors,
 )
+from blackbox_vlm.observe.ballots import encode_votes, vote_readout
 from blackbox_vlm.observe.choose import choose, ensemble_logits
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.observe.questions import candidate_questions
-from blackbox_vlm.observe.votes import choose_questions, encode_votes, vote_readout
+from blackbox_vlm.observe.votes import choose_questions
 
 pytestmark = pytest.mark.usefixtures("one_load")
 

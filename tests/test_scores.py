@@ -8,7 +8,7 @@ from doubles import declare
 from scipy.special import expit, softmax
 
 from blackbox_vlm.backend import NO_LABEL, ScoreKind
-from blackbox_vlm.observe.votes import encode_votes, vote_readout
+from blackbox_vlm.observe.ballots import encode_votes, vote_readout
 from blackbox_vlm.scores import (
     SMALLEST_PROBABILITY,
     SMALLEST_REST,

@@ -15,6 +15,12 @@ from blackbox_vlm.batching import distinct
 from blackbox_vlm.craft.guard import stratified_folds
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.observe import naive_bayes
+from blackbox_vlm.observe.ballots import (
+    encode_votes,
+    label_confidence,
+    question_columns,
+    vote_readout,
+)
 from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT
 from blackbox_vlm.observe.ensemble import ensemble_logits
 from blackbox_vlm.observe.heads import Seen, logits
@@ -27,14 +33,7 @@ from blackbox_vlm.observe.questions import (
     question_queries,
     word_questions,
 )
-from blackbox_vlm.observe.votes import (
-    Chosen,
-    choose_questions,
-    encode_votes,
-    label_confidence,
-    question_columns,
-    vote_readout,
-)
+from blackbox_vlm.observe.votes import Chosen, choose_questions
 from blackbox_vlm.scores import predicted
 
 Ints = NDArray[np.int64]

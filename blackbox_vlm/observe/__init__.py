@@ -15,7 +15,7 @@ prediction is read from them. Everything after that is local and free:
     pooling.py, ensemble.py
                     weights of a combination, and the combination itself
     calibration.py  temperature, expected calibration error with an interval
-    questions.py, votes.py, naive_bayes.py
+    questions.py, ballots.py, votes.py, naive_bayes.py
                     the same for endpoints that only name a label
     tensors.py      a combination as arrays, for whoever stores it
 """

@@ -26,22 +26,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blackbox_vlm.craft.guard import stratified_folds
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.observe import naive_bayes
+from blackbox_vlm.observe.ballots import label_confidence, question_columns, vote_readout
 from blackbox_vlm.observe.calibration import calibrate, log_loss
 from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT, Choice
 from blackbox_vlm.observe.ensemble import Ensemble, Member, flatten
 from blackbox_vlm.observe.features import FeatureMap
 from blackbox_vlm.observe.heads import Doubles, Floats, Labels, Seen, as_float32, class_counts
-from blackbox_vlm.observe.naive_bayes import confidence, evidence, margin, weight
+from blackbox_vlm.observe.naive_bayes import evidence, weight
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.observe.pooling import scaled_loss
 from blackbox_vlm.scores import predicted
-
-Votes = NDArray[np.int64]  # (n_images, n_questions) indices of texts; NO_LABEL is none of them
 
 MOST_QUESTIONS = 5  # for a prediction
 FOLDS = 5
@@ -64,48 +62,6 @@ class Chosen(NamedTuple):
     choice: Choice
 
 
-def encode_votes(votes: Votes, sizes: Sequence[int]) -> Floats:
-    """Votes `(n, Q)` on questions of `sizes` texts as one-hot answers `(n, sum of sizes)`.
-
-    `NO_LABEL` leaves the columns of its question at zero: it speaks for no class.
-
-    Raises:
-        InputError: another number of questions, or a vote for a text that was not offered.
-    """
-    if votes.ndim != 2 or votes.shape[1] != len(sizes):
-        raise InputError(f"got votes {votes.shape}, wanted a column for each of {len(sizes)} lists")
-    if (votes < -1).any() or (votes >= np.asarray(sizes)).any():
-        raise InputError(f"a vote for a text that was not offered; the lists have {list(sizes)}")
-    columns = [votes[:, [q]] == np.arange(size) for q, size in enumerate(sizes)]
-    return np.hstack(columns).astype(np.float32)
-
-
-def vote_readout(sizes: Sequence[int], n_classes: int, right: float) -> Floats:
-    """How zero-shot logits are read from one-hot votes, `(sum of sizes, C)`.
-
-    Args:
-        sizes: texts of each question; the first lists the classes.
-        n_classes: C.
-        right: the probability that its vote is right, see `label_confidence`.
-    """
-    return margin(right, n_classes) * np.eye(sum(sizes), n_classes, dtype=np.float32)
-
-
-def label_confidence(votes: Floats, labels: Labels) -> float:
-    """The probability that a vote on the classes is right, from one-hot votes `(n, C)` on images.
-
-    Nothing was fitted to these images, so that what is measured on them needs no folds.
-    """
-    hits = float(votes[np.arange(len(labels)), labels].sum())
-    return confidence(hits, float(votes.sum()))
-
-
-def question_columns(sizes: Sequence[int], questions: Sequence[int]) -> NDArray[np.int64]:
-    """Where the votes on some of the questions stand among one-hot answers, in their order."""
-    ends = np.cumsum(sizes)
-    return np.concatenate([np.arange(ends[q] - sizes[q], ends[q]) for q in questions])
-
-
 def choose_questions(
     answers: Floats,
     labels: Labels,
@@ -118,7 +74,7 @@ def choose_questions(
     """Choose up to `most` questions to ask for a prediction, and fit what reads the answers.
 
     Args:
-        answers: one-hot votes on all candidates, `(n, sum of sizes)`, see `encode_votes`.
+        answers: one-hot votes on all candidates, `(n, sum of sizes)`, see `ballots.encode_votes`.
         labels: `(n,)`.
         sizes: texts of each question; the first lists the classes.
         n_classes: C.
