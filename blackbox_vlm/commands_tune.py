@@ -204,6 +204,7 @@ def _show_plan(settings: Settings, *, as_json: bool) -> None:
             backend.capabilities,
             settings.options,
             writer=writer.capabilities if writer else None,
+            backend=backend,
         )
     if as_json:
         steps = [dataclasses.asdict(step) for step in plan.steps]

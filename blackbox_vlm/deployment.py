@@ -100,16 +100,27 @@ def _choose(
     """The heads on answers in the metric, brought back to the answers as they are."""
     observation, metric = observed.observation, observed.metric
     seen = observation if metric is None else observe_in(metric, observation)
-    ensemble, choice = choose(seen, labels, seed=seed, only=method.heads, owners=observed.owners)
+    ensemble, choice = choose(
+        seen,
+        labels,
+        seed=seed,
+        only=method.heads,
+        owners=observed.owners,
+        prior=observed.prior,
+    )
     if metric is not None:
         members = tuple(m._replace(map=before(metric, m.map)) for m in ensemble.members)
         ensemble = ensemble._replace(readout=observation.readout, members=members)
     if observed.pruned is not None:  # the texts were chosen by all labels, so that this flatters
         held = observed.pruned.after
+        accuracy = {**choice.accuracy, HEADS: held.accuracy}
+        loss = {**choice.log_loss, HEADS: held.log_loss}
+        worse = accuracy[ZERO_SHOT] > accuracy[HEADS] and loss[ZERO_SHOT] < loss[HEADS]
         choice = replace(
             choice,
-            accuracy={**choice.accuracy, HEADS: held.accuracy},
-            log_loss={**choice.log_loss, HEADS: held.log_loss},
+            chosen=ZERO_SHOT if worse else choice.chosen,
+            accuracy=accuracy,
+            log_loss=loss,
             calibration=None,
         )
     return ensemble, choice

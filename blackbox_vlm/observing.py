@@ -12,14 +12,15 @@ from blackbox_vlm.background import background_images
 from blackbox_vlm.local_encoder import LocalEncoder, with_vectors
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Floats, Logits, Question, ask, vector_readout
-from blackbox_vlm.observe.bank import Pruning, prune
+from blackbox_vlm.observe.bank import Pruning, prune, reduced
+from blackbox_vlm.observe.choose import Prior
 from blackbox_vlm.observe.features import Metric, fit_metric
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.plan import Plan, needs_canary
 from blackbox_vlm.planner import text_requests, view_images
 from blackbox_vlm.prompts.choice import choose_weights
 from blackbox_vlm.scores import centred
-from blackbox_vlm.task import Task
+from blackbox_vlm.task import Classes, Task
 
 
 class Observed(NamedTuple):
@@ -33,6 +34,7 @@ class Observed(NamedTuple):
         readout: reads the endpoint's own prediction, under the task's own template.
         metric: under which the answers spread evenly; None: they are taken as they are.
         pruned: what leaving out texts for predictions cost; None where all are kept.
+        prior: how the observation's readout was made of the labelled images; None: it was not.
         n_answers: what the endpoint answered about an image; a local encoder's numbers follow.
         noise: the largest difference between two answers to one question; None if not asked.
     """
@@ -45,6 +47,7 @@ class Observed(NamedTuple):
     noise: float | None
     metric: Metric | None = None
     pruned: Pruning | None = None
+    prior: Prior | None = None
 
     @property
     def plain(self) -> Logits:
@@ -70,42 +73,60 @@ async def observe(
     noise = await _noise(meter, task, plan.question)
     readouts = await _readouts(meter, task, plan)
     prior = _prior(answers, readouts, task, seed)
+    readout = prior.learned(np.ones(len(task), dtype=bool)) if prior else readouts[0]
     shown = task.images
     if plan.views:
         shown = view_images(task.images, plan.views)
         views = await ask(meter, plan.question, shown, task.classes, "views")
         answers, shown = np.concatenate([answers, views]), (*task.images, *shown)
     owners = np.tile(np.arange(len(task)), 1 + plan.views)
-    observation, n_answers = Observation(answers, prior), answers.shape[1]
-    seen = Observed(plan.question, observation, owners, readouts[0], n_answers, noise)
-    kept = np.arange(n_answers)
+    observation, n_answers = Observation(answers, readout), answers.shape[1]
+    seen = Observed(plan.question, observation, owners, readouts[0], n_answers, noise, prior=prior)
     if plan.prune_to is not None:
         assert task.labels is not None
-        seen = _pruned(seen, task.labels, plan.prune_to, seed)
-        kept = seen.pruned.kept if seen.pruned else kept
+        seen = _pruned(seen, task.labels, plan, seed)
     if plan.background:
         pictures = background_images()
         shapes = await ask(meter, plan.question, pictures, task.classes, "background")
-        seen = seen._replace(metric=fit_metric(shapes[:, kept]))
+        if seen.pruned is not None:
+            shapes = reduced(shapes, seen.pruned.kept)
+        seen = seen._replace(metric=_measured(shapes))
     if encoder is None:
         return seen
-    student = with_vectors(seen.observation, await encoder.vectors(shown))
-    longer = np.zeros((len(student.readout) - len(seen.readout), len(task.class_names)))
-    readout = np.concatenate([seen.readout, longer.astype(np.float32)])
-    return seen._replace(observation=student, readout=readout)
+    return _with_student(seen, await encoder.vectors(shown))
 
 
-def _pruned(seen: Observed, labels: NDArray[np.int64], size: int, seed: int) -> Observed:
+def _with_student(seen: Observed, vectors: Floats) -> Observed:
+    """The same pass, with an encoder's vectors after the answers; no readout reads them."""
+    student = with_vectors(seen.observation, vectors)
+
+    def longer(readout: Floats) -> Floats:
+        return np.pad(readout, ((0, vectors.shape[1]), (0, 0)))
+
+    prior = seen.prior
+    if prior is not None:
+        learned = prior.learned
+        prior = Prior(longer(prior.own), lambda images: longer(learned(images)))
+    return seen._replace(observation=student, readout=longer(seen.readout), prior=prior)
+
+
+def _measured(shapes: Floats) -> Metric | None:
+    """The metric of the drawings' answers; None where these are all the same, which shows none."""
+    return None if np.allclose(shapes, shapes[:1]) else fit_metric(shapes)
+
+
+def _pruned(seen: Observed, labels: NDArray[np.int64], plan: Plan, seed: int) -> Observed:
     """The same pass, as if only the texts that a prediction will take had been asked about."""
     images = seen.observation.of(np.arange(len(labels)))
-    pruning = prune(images, labels, size, seed=seed)
+    assert plan.prune_to is not None
+    pruning = prune(images, labels, plan.prune_to, seed=seed, only=plan.method.heads)
     [texts] = seen.question.lists
-    answers = seen.observation.answers[:, pruning.kept]
+    answers = reduced(seen.observation.answers, pruning.kept)
     return seen._replace(
         question=Question((tuple(texts[at] for at in pruning.kept),)),
         observation=Observation(answers, seen.observation.readout[pruning.kept]),
         readout=seen.readout[pruning.kept],
-        n_answers=size,
+        n_answers=plan.prune_to,
         pruned=pruning,
     )
 
@@ -123,17 +144,25 @@ async def _readouts(meter: Meter, task: Task, plan: Plan) -> Floats:
     if meter.capabilities.access is not Access.EMBEDDINGS:
         assert plan.readout is not None
         return plan.readout[None]
-    texts = await meter.observe(text_requests(task, plan.templates), "texts")
-    scale = meter.capabilities.logit_scale
-    return np.stack([vector_readout(vectors, scale) for vectors in texts])
+    [request] = text_requests(task, plan.templates)
+    [vectors] = await meter.observe([request], "texts")
+    place = {text: at for at, text in enumerate(request.texts)}
+    scale, readouts = meter.capabilities.logit_scale, []
+    for template in plan.templates:
+        texts = Classes(task.class_names, template).texts
+        readouts.append(vector_readout(vectors[[place[text] for text in texts]], scale))
+    return np.stack(readouts)
 
 
-def _prior(answers: Floats, readouts: Floats, task: Task, seed: int) -> Floats:
-    """The readout that the heads start from: the own template's, or a mixture that is better."""
-    prior: Floats = readouts[0]
+def _prior(answers: Floats, readouts: Floats, task: Task, seed: int) -> Prior | None:
+    """The own template's readout, or a mixture that is better; None where there is no other."""
     if len(readouts) == 1:
-        return prior
+        return None
     assert task.labels is not None  # make_plan has refused unlabelled tasks
-    logits = np.stack([centred(answers @ readout) for readout in readouts])
-    weights = choose_weights(logits, task.labels, seed=seed)
-    return np.asarray((weights[:, None, None] * readouts).sum(axis=0), dtype=np.float32)
+    labels, logits = task.labels, np.stack([centred(answers @ readout) for readout in readouts])
+
+    def learned(images: NDArray[np.bool_]) -> Floats:
+        weights = choose_weights(logits[:, images], labels[images], seed=seed)
+        return np.asarray((weights[:, None, None] * readouts).sum(axis=0), dtype=np.float32)
+
+    return Prior(readouts[0], learned)

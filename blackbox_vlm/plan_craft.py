@@ -37,7 +37,10 @@ def plan_craft(
     if searched is None:
         raise InputError(_too_small(task, capabilities, recipe, budget, seed))
     stages, steps = searched
-    return Plan(Method.CRAFT, budget, (*first, *steps), stages=stages)
+    image = _prompt_request(task, capabilities, (0,))
+    per_image = len(distinct([image], capabilities))
+    made = (*first, *steps)
+    return Plan(Method.CRAFT, budget, made, stages=stages, queries_per_image=per_image)
 
 
 def search_steps(

@@ -7,19 +7,20 @@ from collections.abc import Mapping, Sequence
 from blackbox_vlm.backend import (
     Access,
     Capabilities,
+    Completion,
     ImageEmbeddings,
     Labels,
     Request,
     TextEmbeddings,
     TextScores,
 )
-from blackbox_vlm.batching import split
+from blackbox_vlm.batching import distinct, split
 from blackbox_vlm.errors import InputError
-from blackbox_vlm.observations import plain_requests
+from blackbox_vlm.observations import Question, plain_requests
 from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step
 from blackbox_vlm.prompts.proposals import COUNT
 from blackbox_vlm.prompts.templates import Prompt, candidates, prompts
-from blackbox_vlm.racing import RacePlan, plan_race, prompts_together
+from blackbox_vlm.racing import RacePlan, Usable, plan_race, prompts_together
 from blackbox_vlm.task import Task
 
 KEEP = 5  # prompts at the end of a race; what a mixture may take per prediction
@@ -37,13 +38,16 @@ def plan_prompts(
     *,
     descriptions: Descriptions | None = None,
     writer: Capabilities | None = None,
+    usable: Usable = tuple,
 ) -> Plan:
     """A race of text prompts, and a second one if a language model proposes more.
+
+    Templates that are not `usable` do not enter; the task's own stays.
 
     Raises:
         InputError: the budget cannot pay for a race of two, or the endpoint takes no texts.
     """
-    entrants = first_prompts(task, descriptions)
+    entrants = first_prompts(task, descriptions, usable=usable)
     plain = plain_requests(capabilities, task.images, task.classes)[0]
     first = canary_steps(capabilities, plain, times=2)  # a race may never ask it like that
     last = _last_steps(task, capabilities)
@@ -60,14 +64,25 @@ def plan_prompts(
             steps.append(_proposals(writer))
         races.append(race)
         steps.append(_race_step(purpose(number), race, task, capabilities))
-    return Plan(Method.PROMPTS, budget, (*steps, *last), prompts=entrants, races=tuple(races))
+    return Plan(
+        Method.PROMPTS,
+        budget,
+        (*steps, *last),
+        prompts=entrants,
+        races=tuple(races),
+        queries_per_image=_per_image(task, capabilities),
+    )
 
 
 def first_prompts(
-    task: Task, descriptions: Descriptions | None, more: Sequence[str] = ()
+    task: Task,
+    descriptions: Descriptions | None,
+    more: Sequence[str] = (),
+    *,
+    usable: Usable = tuple,
 ) -> tuple[Prompt, ...]:
     """The entrants of the first race: the own template, descriptions, proposals, the fixed list."""
-    own, *fixed = prompts(task.class_names, candidates(task.template, more))
+    own, *fixed = prompts(task.class_names, usable(candidates(task.template, more)))
     described = prompts(task.class_names, [], descriptions)
     return (own, *described, *fixed)
 
@@ -137,9 +152,16 @@ def _dearest(task: Task, capabilities: Capabilities, entrants: int) -> list[Requ
 
 
 def _proposals(writer: Capabilities) -> Step:
-    usd = None if writer.price is None else PROPOSALS * writer.price.per_request
     why = "a language model writes templates like those that did well"
-    return Step("proposals", PROPOSALS, 0, 0, usd, why)
+    return make_step("proposals", [Completion("")], writer, why, times=PROPOSALS)
+
+
+def _per_image(task: Task, capabilities: Capabilities) -> int:
+    """What a prediction takes at most: of the prompts that are left, a mixture may take all."""
+    texts = [tuple(f"{name} {n}" for name in task.classes.texts) for n in range(KEEP)]
+    lists = texts if capabilities.access is Access.LABEL else [sum(texts, ())]
+    asked = Question(tuple(lists)).requests(task.images[:1], task.classes, capabilities.access)
+    return len(distinct(asked, capabilities))
 
 
 def _last_steps(task: Task, capabilities: Capabilities) -> list[Step]:

@@ -37,6 +37,7 @@ from blackbox_vlm.observe.votes import MOST_QUESTIONS
 from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step, needs_canary
 from blackbox_vlm.plan_craft import plan_craft, search_steps
 from blackbox_vlm.prompts.templates import candidates
+from blackbox_vlm.racing import Usable
 from blackbox_vlm.task import Classes, Task
 
 VIEWS = 2  # augmented views where images are few; six were worth no more than two
@@ -54,6 +55,7 @@ def make_plan(
     method: Method | None,
     seed: int,
     student: bool = False,
+    usable: Usable = tuple,
 ) -> Plan:
     """Plan a run; without a method, the one that pays best per query.
 
@@ -65,6 +67,7 @@ def make_plan(
         method: how to tune; None: what pays best.
         seed: of CraFT's folds and of a race's order.
         student: whether a local encoder describes the images.
+        usable: leaves out templates that do not fit the model; the first stays.
 
     Raises:
         InputError: the data, the access level or the budget does not allow the method; the message
@@ -78,14 +81,20 @@ def make_plan(
     published = capabilities.soft_prompts is not None and not recipe.folds
     if method is Method.CRAFT or (method is None and published):
         return plan_craft(task, capabilities, recipe, budget, seed)
-    plan = _plan_observation(task, capabilities, budget, method or Method.OBSERVE, student)
+    wanted = method or Method.OBSERVE
+    plan = _plan_observation(task, capabilities, budget, wanted, student, usable)
     if method is None and capabilities.soft_prompts is not None:
         return _with_craft(plan, task, capabilities, recipe, seed)
     return _with_rest(plan)
 
 
 def _plan_observation(
-    task: Task, capabilities: Capabilities, budget: int, method: Method, student: bool
+    task: Task,
+    capabilities: Capabilities,
+    budget: int,
+    method: Method,
+    student: bool,
+    usable: Usable,
 ) -> Plan:
     """One pass over the images, and the texts' vectors where vectors are what is had."""
     question, readout = _question(task, capabilities, budget, method, student)
@@ -96,7 +105,8 @@ def _plan_observation(
     templates: tuple[str, ...] = ()
     if capabilities.access is Access.EMBEDDINGS:
         left = budget - sum(step.queries for step in steps)
-        templates, step = _text_step(task, capabilities, min(steps[0].queries, left))
+        most = min(steps[0].queries, left)
+        templates, step = _text_step(task, capabilities, most, usable)
         steps.append(step)
     plan = Plan(method, budget, tuple(steps), question, readout, templates=templates)
     if plan.queries > budget:
@@ -155,9 +165,11 @@ def _why(question: Question, capabilities: Capabilities) -> str:
     return f"every training image against {sum(map(len, question.lists))} texts, once"
 
 
-def _text_step(task: Task, capabilities: Capabilities, most: int) -> tuple[tuple[str, ...], Step]:
+def _text_step(
+    task: Task, capabilities: Capabilities, most: int, usable: Usable
+) -> tuple[tuple[str, ...], Step]:
     """As many templates as cost no more queries than the images do; the task's own at least."""
-    templates = candidates(task.template)[:TEMPLATES]
+    templates = usable(candidates(task.template)[:TEMPLATES])
     while len(templates) > 1 and _text_queries(task, templates, capabilities) > most:
         templates = templates[: len(templates) // 2]
     why = f"the class texts' vectors under {len(templates)} templates: no image is shown for them"
@@ -166,8 +178,9 @@ def _text_step(task: Task, capabilities: Capabilities, most: int) -> tuple[tuple
 
 
 def text_requests(task: Task, templates: Iterable[str]) -> list[TextEmbeddings]:
-    """One observation per template: its class texts' vectors."""
-    return [TextEmbeddings(Classes(task.class_names, template).texts) for template in templates]
+    """The class texts under some templates, template by template, each different text once."""
+    texts = [text for template in templates for text in Classes(task.class_names, template).texts]
+    return [TextEmbeddings(tuple(dict.fromkeys(texts)))]
 
 
 def _text_queries(task: Task, templates: tuple[str, ...], capabilities: Capabilities) -> int:

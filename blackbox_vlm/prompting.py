@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from blackbox_vlm.prompts.proposals import COUNT
 from blackbox_vlm.prompts.race import OWN
 from blackbox_vlm.prompts.templates import Prompt, prompts
 from blackbox_vlm.proposing import projected_templates, written_templates
-from blackbox_vlm.racing import Heat, RaceResult, race
+from blackbox_vlm.racing import Heat, RaceResult, Usable, race
 from blackbox_vlm.scores import centred, predicted
 from blackbox_vlm.task import Task
 
@@ -35,11 +36,13 @@ class Proposers(NamedTuple):
         descriptions: texts of every class.
         writer: a meter over a language model, on the ledger of the run.
         surrogate: a local model that takes soft prompts, and a ledger of its own.
+        usable: leaves out templates that do not fit the endpoint's model; the first stays.
     """
 
     descriptions: Descriptions | None = None
     writer: Meter | None = None
     surrogate: tuple[Backend, Ledger] | None = None
+    usable: Usable = tuple
 
 
 async def tune_prompts(
@@ -58,7 +61,7 @@ async def tune_prompts(
         meter, plan.races[0], task.images, task.labels, entrants, on_progress=on_progress
     )
     if proposers.writer is not None:
-        entrants = await _next_entrants(proposers.writer, task, entrants, result)
+        entrants = await _next_entrants(proposers.writer, task, entrants, result, proposers.usable)
         result = await race(
             meter,
             plan.races[1],
@@ -68,7 +71,9 @@ async def tune_prompts(
             purpose=purpose(1),
             on_progress=on_progress,
         )
-    return await _deploy(meter, task, entrants, result, seed, noise)
+    deployed = await _deploy(meter, task, entrants, result, seed, noise)
+    early = result.queries < plan.races[-1].queries
+    return replace(deployed, stopped=result.reason if early else None)
 
 
 async def _noise(meter: Meter, task: Task) -> float | None:
@@ -86,11 +91,16 @@ async def _entrants(task: Task, plan: Plan, seed: int, proposers: Proposers) -> 
         more = await projected_templates(
             backend, ledger, task.images, task.labels, task.classes, seed=seed
         )
-    return first_prompts(task, proposers.descriptions, more)[: len(plan.prompts)]
+    entrants = first_prompts(task, proposers.descriptions, more, usable=proposers.usable)
+    return entrants[: len(plan.prompts)]
 
 
 async def _next_entrants(
-    writer: Meter, task: Task, entrants: Sequence[Prompt], result: RaceResult
+    writer: Meter,
+    task: Task,
+    entrants: Sequence[Prompt],
+    result: RaceResult,
+    usable: Usable,
 ) -> tuple[Prompt, ...]:
     """The own prompt, the best of the first race, and what is proposed; the next best fill up."""
     best = [entrants[row.candidate] for row in result.standings]
@@ -98,7 +108,7 @@ async def _next_entrants(
     tried = [(p.name, loss) for p, loss in zip(best, losses, strict=True) if "{}" in p.name]
     known = [prompt.name for prompt in entrants if "{}" in prompt.name]
     written = await written_templates(writer, task.class_names, tried, known)
-    proposed = prompts(task.class_names, written)
+    proposed = prompts(task.class_names, usable((task.template, *written))[1:])
     row = [entrants[0], *best[:KEEP], *proposed, *best[KEEP:], *entrants]
     return tuple(dict.fromkeys(row))[: KEEP + COUNT]
 

@@ -44,6 +44,7 @@ TEXTS_TOGETHER = 1024  # of several prompts in one question, at most
 LETTERS = 26  # who takes no more texts may be a chat model, which reads all of them together
 
 Images = tuple[Image, ...]
+Usable = Callable[[Sequence[str]], tuple[str, ...]]  # leaves out templates that do not fit a model
 
 
 @dataclass(frozen=True, slots=True, eq=False)

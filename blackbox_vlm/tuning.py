@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ from blackbox_vlm.plan import Method, Plan, check_max_cost, needs_canary
 from blackbox_vlm.plan_prompts import plan_prompts
 from blackbox_vlm.planner import make_plan
 from blackbox_vlm.prompting import tune_prompts
+from blackbox_vlm.prompts.templates import prompts
+from blackbox_vlm.racing import Usable, usable
 from blackbox_vlm.result import TuneResult, adapter_of, result_of
 from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.search import CraftRun, Progress, Searched
 from blackbox_vlm.task import Task
+
+PLANNED = "planned"  # the checkpoint that keeps what budget a run was planned for
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ def dry_run(
     options: Options,
     *,
     writer: Capabilities | None = None,
+    backend: Backend | None = None,
 ) -> Plan:
     """What `tune` would ask and what that would cost. Spends nothing.
 
@@ -72,40 +78,73 @@ def dry_run(
         capabilities: of the endpoint.
         options: the budget, and how to spend it.
         writer: of the language model that proposes text prompts, if there is one.
+        backend: the endpoint, which may know that a text prompt does not fit its model, and sends
+            nothing; None: all of them may.
 
     Raises:
         InputError: the data, the access level or the budget does not allow it.
     """
+    made = _affordable(task, capabilities, options, writer, backend)
+    return replace(made, budget=options.budget)
+
+
+def _affordable(
+    task: Task,
+    capabilities: Capabilities,
+    options: Options,
+    writer: Capabilities | None,
+    backend: Backend | None,
+) -> Plan:
+    """The plan, for as much of the budget as the limit on money pays for."""
     _check_options(options)
-    check_max_cost(options.max_cost, capabilities)
-    recipe = recipe_named(options.recipe)
-    method = _method(options.method)
+    for endpoint in (capabilities, *([writer] if writer else [])):
+        check_max_cost(options.max_cost, endpoint)
+    method, limit = _method(options.method), options.max_cost
     _check_proposers(options, method, writer)
+    planned = partial(_plan, task, capabilities, options, method, writer, _usable(backend, task))
+    made = planned(options.budget)
+    while limit is not None and made.usd is not None and made.usd > limit:
+        affordable = min(int(made.queries * limit / made.usd), made.queries - 1)
+        try:
+            made = planned(affordable)
+        except InputError:
+            raise InputError(
+                f"the plan costs {made.usd:g} USD and the limit is {limit:g}; "
+                "give fewer --shots, or a higher --max-cost"
+            ) from None
+    return made
+
+
+def _plan(
+    task: Task,
+    capabilities: Capabilities,
+    options: Options,
+    method: Method | None,
+    writer: Capabilities | None,
+    fitting: Usable,
+    budget: int,
+) -> Plan:
+    """The plan for a budget, which is the options' unless a limit on money holds less."""
     if method is Method.PROMPTS:
-        made = plan_prompts(
+        return plan_prompts(
             task,
             capabilities,
-            options.budget,
+            budget,
             options.seed,
             descriptions=options.descriptions,
             writer=writer,
+            usable=fitting,
         )
-    else:
-        made = make_plan(
-            task,
-            capabilities,
-            recipe,
-            budget=options.budget,
-            method=method,
-            seed=options.seed,
-            student=options.local_encoder is not None,
-        )
-    if options.max_cost is not None and made.usd is not None and made.usd > options.max_cost:
-        raise InputError(
-            f"the plan costs {made.usd:g} USD and the limit is {options.max_cost:g}; "
-            "give a smaller --budget, fewer --shots, or a higher --max-cost"
-        )
-    return made
+    return make_plan(
+        task,
+        capabilities,
+        recipe_named(options.recipe),
+        budget=budget,
+        method=method,
+        seed=options.seed,
+        student=options.local_encoder is not None,
+        usable=fitting,
+    )
 
 
 def tune(
@@ -150,16 +189,17 @@ def tune(
         Interrupted: a stop was asked for; the run can be resumed.
         BackendError, StorageError: the endpoint or the disk failed; the run can be resumed.
     """
-    limited = options if max_cost is None else replace(options, max_cost=max_cost)
-    made = dry_run(
-        task, backend.capabilities, limited, writer=writer.capabilities if writer else None
-    )
-    check_texts(backend, task.template, task.class_names)
-    run = RunDirectory(Path(out))
+    run, written_by = RunDirectory(Path(out)), writer.capabilities if writer else None
+    check_max_cost(max_cost, backend.capabilities)
+    planned = _planned(run) if resume else None
+    asked = options if planned is None else replace(options, budget=planned, max_cost=None)
+    made = _affordable(task, backend.capabilities, asked, written_by, backend)
+    _check_texts(backend, task, options.descriptions)
     with ExitStack() as stack:
         _claim(run, stack, description or {}, resume=resume)
         ledger = stack.enter_context(_account(run.ledger, options, budget, max_cost))
-        ledger.bind(_fingerprint(task, backend.capabilities, options, made))
+        ledger.bind(_fingerprint(task, backend.capabilities, options, made, written_by))
+        ledger.checkpoint(PLANNED, str(made.budget).encode())
         run.mark_started()
         on_plan(replace(made, budget=ledger.totals().budget))
         on_spent(ledger.spent())
@@ -174,7 +214,7 @@ def tune(
             for one in (backend, *([writer] if writer else []))
         )
         local = Beside(options.local_encoder, options.descriptions, run, stack, writers)
-        work = _tune(task, made, options, meter, ledger, local, on_progress)
+        work = _tune(task, made, backend, options, meter, ledger, local, on_progress)
         deployed = run_sync(work)
         how = (made, options.recipe, options.seed, deployed)
         adapter = adapter_of(task, backend.capabilities, *how, ledger.totals())
@@ -207,6 +247,15 @@ def _claim(
         run.create(description)
 
 
+def _planned(run: RunDirectory) -> int | None:
+    """The budget that a run was planned for, which prices and limits of today do not change."""
+    if not run.ledger.exists() or not run.ledger.stat().st_size:
+        return None
+    with Ledger(run.ledger) as ledger:
+        budget = ledger.restore(PLANNED)
+    return None if budget is None else int(budget)
+
+
 def _account(path: Path, options: Options, budget: int | None, max_cost: float | None) -> Ledger:
     """The run's ledger, under new limits if some are given. Those that it has stay otherwise."""
     has: Options | Totals = options
@@ -221,6 +270,7 @@ def _account(path: Path, options: Options, budget: int | None, max_cost: float |
 async def _tune(
     task: Task,
     made: Plan,
+    backend: Backend,
     options: Options,
     meter: Meter,
     ledger: Ledger,
@@ -230,7 +280,8 @@ async def _tune(
     """Perform the plan: observe, let the heads compete, let CraFT try to beat them."""
     recipe = recipe_named(options.recipe)
     if made.races:
-        return await tune_prompts(meter, task, made, options.seed, local.proposers())
+        proposers = local.proposers()._replace(usable=_usable(backend, task))
+        return await tune_prompts(meter, task, made, options.seed, proposers)
 
     async def craft(plain: Logits, rival: Logits | None = None) -> Searched | Verdict:
         run = CraftRun(task, made, recipe, options.seed, meter, ledger, on_progress)
@@ -277,7 +328,11 @@ def _without_craft(heads: Deployment, verdict: Verdict) -> Deployment:
 
 
 def _fingerprint(
-    task: Task, capabilities: Capabilities, options: Options, made: Plan
+    task: Task,
+    capabilities: Capabilities,
+    options: Options,
+    made: Plan,
+    writer: Capabilities | None,
 ) -> dict[str, Any]:
     """Everything that must stay the same for a run to go on."""
     declared = asdict(capabilities)
@@ -291,6 +346,7 @@ def _fingerprint(
         "method": made.method.value,
         "recipe": asdict(recipe_named(options.recipe)),
         "local_encoder": options.local_encoder,
+        "writer": writer and writer.identity,
         "descriptions": options.descriptions
         and {k: list(v) for k, v in options.descriptions.items()},
         "images": len(task),
@@ -300,6 +356,22 @@ def _fingerprint(
         "model": declared.pop("model_id"),
         "endpoint": declared,
     }
+
+
+def _usable(backend: Backend | None, task: Task) -> Usable:
+    """Leaves out templates whose texts a backend knows not to fit; the first stays."""
+    if backend is None:
+        return tuple
+    return lambda templates: usable(backend, templates, task.class_names)
+
+
+def _check_texts(
+    backend: Backend, task: Task, descriptions: Mapping[str, Sequence[str]] | None
+) -> None:
+    """Refuse a template or a description that does not fit the model, before anything is sent."""
+    check_texts(backend, task.template, task.class_names)
+    for described in prompts(task.class_names, [], descriptions):
+        check_texts(backend, "{}", described.texts)
 
 
 def _check_options(options: Options) -> None:
@@ -321,6 +393,10 @@ def _method(name: str | None) -> Method | None:
 
 def _check_proposers(options: Options, method: Method | None, writer: Capabilities | None) -> None:
     """Refuse proposals that nobody would try."""
+    if method is Method.CRAFT and options.local_encoder is not None:
+        raise InputError(
+            "a local encoder is no part of CraFT; leave --local-encoder or --method out"
+        )
     if method is not Method.PROMPTS and (writer is not None or options.descriptions):
         what = "a language model" if writer is not None else "descriptions"
         raise InputError(

@@ -36,7 +36,7 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     strategy, before, *_ = done.stdout.split()
-    assert strategy in {"zero-shot", "prompt", "refiner", "prompt+refiner"}
+    assert strategy in {"zero-shot", "heads", "prompt", "refiner", "prompt+refiner"}
     assert 0 <= float(before) <= 1
 
 

@@ -31,6 +31,7 @@ from blackbox_vlm.images import Image
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.local_encoder import DOMINANT
 from blackbox_vlm.meter import Meter
+from blackbox_vlm.observations import ask
 from blackbox_vlm.observing import Observed, observe
 from blackbox_vlm.plan import Plan
 from blackbox_vlm.running import run_sync
@@ -134,7 +135,8 @@ def test_pruned_texts_are_not_asked_for_again(tmp_path: Path) -> None:
     assert set(kept) < set(asked)
     direct = centred(world.values(TextScores(task.images, asked)))
     columns = [asked.index(text) for text in kept]
-    np.testing.assert_allclose(seen.observation.answers, direct[:, columns], atol=1e-4)
+    wanted = centred(direct[:, columns])
+    np.testing.assert_allclose(seen.observation.answers, wanted, atol=1e-4)
 
 
 def test_the_drawings_are_asked_once_and_are_nobodys_answers(tmp_path: Path) -> None:
@@ -369,3 +371,16 @@ def test_an_early_stop_is_found_again_for_nothing(tmp_path: Path) -> None:
     before, idle = files(tmp_path / "run"), Clustered(task)
     assert tune(task, idle, tmp_path / "run", asked, resume=True) == first
     assert (idle.asked, files(tmp_path / "run")) == (0, before)
+
+
+def test_pruned_answers_are_what_a_prediction_will_be_answered(tmp_path: Path) -> None:
+    """More texts are asked about than stay: learned from is what those that stay would bring."""
+    limits = {"texts_per_request": 8, "score_kind": ScoreKind.SOFTMAX}
+    world, task = LinearWorld(declare(Access.SCORES, idempotent=True, **limits)), make_task()
+    observed, plan = seen_by(world, tmp_path, task)
+    assert plan.prune_to == len(observed.question.lists[0]) == 8 < len(plan.question.lists[0])
+    with Ledger(tmp_path / "later.sqlite", 10) as ledger:
+        again = run_sync(
+            ask(Meter(world, ledger), observed.question, task.images, task.classes, "predict")
+        )
+    np.testing.assert_allclose(observed.observation.answers, again, atol=1e-4)

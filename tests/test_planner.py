@@ -186,10 +186,13 @@ def test_the_canary_leaves_a_question_out_and_refuses_no_budget() -> None:
 
 
 def test_a_small_budget_leaves_templates_out() -> None:
-    least = plan_of(Access.EMBEDDINGS, 13, **ONE)
+    least = plan_of(Access.EMBEDDINGS, 13, **ONE, texts_per_request=3)
     assert queries(least) == {"observe": 12, "texts": 1}
     assert least.templates == ("a photo of a {}.",)
-    more = [len(plan_of(Access.EMBEDDINGS, budget, **ONE).templates) for budget in (13, 14, 20)]
+    more = [
+        len(plan_of(Access.EMBEDDINGS, budget, **ONE, texts_per_request=3).templates)
+        for budget in (13, 14, 20)
+    ]
     assert more == sorted(more)
     assert more[-1] > 1
 

@@ -147,7 +147,7 @@ CASES = [
     Case(
         "embeddings",
         lambda _: ours("embeddings", "embeddings", **SINGLE),
-        {"observe": N, "texts": 8},
+        {"observe": N, "texts": 1},
     ),
     Case(
         "kserve",
@@ -162,7 +162,7 @@ CASES = [
     Case(
         "blackbox embeddings",
         lambda _: ours("blackbox", "embeddings", images_per_request=4),
-        {"observe": 3, "texts": 2},
+        {"observe": 3, "texts": 1},
     ),
     Case(
         "blackbox label",

@@ -29,7 +29,7 @@ from blackbox_vlm.observe.calibration import log_loss
 from blackbox_vlm.observe.choose import choose
 from blackbox_vlm.observe.ensemble import Ensemble, ensemble_logits
 from blackbox_vlm.observe.observation import Observation
-from blackbox_vlm.scores import predicted
+from blackbox_vlm.scores import centred, predicted
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -147,7 +147,14 @@ class Pruning(NamedTuple):
     after: Held
 
 
-def prune(observation: Observation, labels: Labels, size: int, *, seed: int) -> Pruning:
+def prune(
+    observation: Observation,
+    labels: Labels,
+    size: int,
+    *,
+    seed: int,
+    only: Sequence[str] | None = None,
+) -> Pruning:
     """Keep the classes and the texts from which the classifier is best predicted; measure the loss.
 
     The loss is that of the whole procedure: in every fold the classifier, the texts and the
@@ -158,6 +165,7 @@ def prune(observation: Observation, labels: Labels, size: int, *, seed: int) -> 
         labels: `(n,)`.
         size: how many texts stay, at least one per class.
         seed: of the folds.
+        only: the heads that may take part, as in `choose`.
 
     Raises:
         InputError: `size` leaves out a class, or is more than there is; no class has two images.
@@ -172,10 +180,10 @@ def prune(observation: Observation, labels: Labels, size: int, *, seed: int) -> 
     shown = np.empty((2, len(labels), n_classes), dtype=np.float32)
     for fold in np.unique(folds):
         held = folds == fold
-        _, *classifiers = _reduced(observation.of(~held), labels[~held], size, seed)
+        _, *classifiers = _reduced(observation.of(~held), labels[~held], size, seed, only)
         for logits, (texts, ensemble) in zip(shown, classifiers, strict=True):
-            logits[held] = ensemble_logits(ensemble, observation.answers[held][:, texts])
-    kept, _, _ = _reduced(observation, labels, size, seed)
+            logits[held] = ensemble_logits(ensemble, reduced(observation.answers[held], texts))
+    kept, _, _ = _reduced(observation, labels, size, seed, only)
     return Pruning(kept, *(_held(logits, labels) for logits in shown))
 
 
@@ -183,16 +191,21 @@ _Classifier = tuple[NDArray[np.int64], Ensemble]  # the texts that it reads
 
 
 def _reduced(
-    observation: Observation, labels: Labels, size: int, seed: int
+    observation: Observation, labels: Labels, size: int, seed: int, only: Sequence[str] | None
 ) -> tuple[NDArray[np.int64], _Classifier, _Classifier]:
     """The texts to keep, and the classifiers of all texts and of these."""
-    whole, _ = choose(observation, labels, seed=seed)
+    whole, _ = choose(observation, labels, seed=seed, only=only)
     target = ensemble_logits(whole, observation.answers)
     n_texts, n_classes = observation.readout.shape
     kept = predictive(observation.answers, target, size, first=n_classes)
-    left = Observation(observation.answers[:, kept], observation.readout[kept])
-    smaller, _ = choose(left, labels, seed=seed)
+    left = Observation(reduced(observation.answers, kept), observation.readout[kept])
+    smaller, _ = choose(left, labels, seed=seed, only=only)
     return kept, (np.arange(n_texts), whole), (kept, smaller)
+
+
+def reduced(answers: Floats, kept: NDArray[np.int64]) -> Floats:
+    """Answers `(n, K)` as they are when only the kept texts are asked about: centred over them."""
+    return centred(answers[:, kept])
 
 
 def _held(logits: Floats, labels: Labels) -> Held:

@@ -19,7 +19,7 @@ other data were looked at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,13 +44,25 @@ from blackbox_vlm.observe.features import features, fit_map
 from blackbox_vlm.observe.heads import Floats, Labels, Seen, class_counts, logits
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.observe.pooling import scaled_loss
-from blackbox_vlm.scores import predicted
+from blackbox_vlm.scores import centred, predicted
 
 __all__ = ["Choice", "Ensemble", "Member", "choose", "ensemble_logits", "flatten"]
 
 ZERO_SHOT, HEADS = "zero-shot", "heads"
 FOLDS = 4
 GAIN, GAIN_DEVIATION = 0.25, 0.15  # of the heads over zero-shot, at 2 shots on the development sets
+
+
+class Prior(NamedTuple):
+    """Zero-shot logits that the heads start from, where these are learned from images too.
+
+    Attributes:
+        own: reads the endpoint's own logits off answers, `(K, n_classes)`.
+        learned: makes what reads the heads' of the images of a mask `(n_images,)`, and no others.
+    """
+
+    own: Floats
+    learned: Callable[[NDArray[np.bool_]], Floats]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +101,7 @@ def choose(
     seed: int,
     only: Sequence[str] | None = None,
     owners: NDArray[np.int64] | None = None,
+    prior: Prior | None = None,
 ) -> tuple[Ensemble, Choice]:
     """Fit the best classifier that the labelled images support.
 
@@ -99,6 +112,7 @@ def choose(
         only: the heads that may take part; None: all of them.
         owners: which image each row shows, `(n_rows,)`, the images first and in order, then
             further views of them; None: one row per image.
+        prior: what made the observation's readout; None: no image did.
 
     Returns:
         the classifier, and the evidence.
@@ -108,18 +122,19 @@ def choose(
     """
     owners = np.arange(len(labels)) if owners is None else owners
     _check(observation, labels, owners)
-    support = Support(observation, labels, owners)
+    support = Support(observation, labels, owners, prior)
     candidates = candidates_of(only)
     folds = _folds(labels, seed)
     if folds is None:
         ensemble = _fit(support, fixed_weights(candidates))
-        zero_shot = {ZERO_SHOT: observation.zero_shot[: len(labels)]}
+        zero_shot = {ZERO_SHOT: support.zero_shot}
         return ensemble, Choice(HEADS, {}, {}, zero_shot, len(labels), None)
     predictions = _out_of_fold(support, folds, candidates)
     judged = class_counts(labels, observation.n_classes)[labels] > 1
     weights = blend(predictions, labels, judged)
     shown = _shown(support, folds, predictions, weights, judged)
-    choice = judge(shown, labels, judged, seed=seed)
+    more = observation.answers.shape[1] > observation.n_classes  # than the classes' own scores
+    choice = judge(shown, labels, judged, seed=seed, expected=GAIN if more else 0.0)
     return _deploy(support, weights, choice), choice
 
 
@@ -129,6 +144,17 @@ class Support(NamedTuple):
     observation: Observation
     labels: Labels  # (n_images,)
     owners: NDArray[np.int64]  # (n_rows,)
+    prior: Prior | None = None
+
+    @property
+    def own(self) -> Floats:
+        """What reads the endpoint's own logits, `(K, C)`."""
+        return self.observation.readout if self.prior is None else self.prior.own
+
+    @property
+    def zero_shot(self) -> Floats:
+        """The endpoint's own logits of the images, `(n_images, C)`."""
+        return centred(self.observation.answers[: len(self.labels)] @ self.own)
 
     @property
     def views(self) -> float:
@@ -136,9 +162,12 @@ class Support(NamedTuple):
         return len(self.owners) / len(self.labels)
 
     def of(self, images: NDArray[np.bool_]) -> tuple[Observation, Labels]:
-        """All rows of some images."""
+        """All rows of some images, under a prior that has seen no others."""
         rows = images[self.owners]
-        return self.observation.of(rows), self.labels[self.owners[rows]]
+        seen = self.observation.of(rows)
+        if self.prior is not None:
+            seen = seen._replace(readout=self.prior.learned(images))
+        return seen, self.labels[self.owners[rows]]
 
 
 def _check(observation: Observation, labels: Labels, owners: NDArray[np.int64]) -> None:
@@ -170,7 +199,7 @@ def _out_of_fold(
     for fold in np.unique(folds):
         held = folds == fold
         seen, labels = support.of(~held)
-        judged = support.observation.of(np.flatnonzero(held))
+        judged = support.observation.of(np.flatnonzero(held))._replace(readout=seen.readout)
         for view in dict.fromkeys(c.view for c in result):
             projected = fit_map(seen.answers, view)
             learned = Seen(features(projected, seen.answers), seen.zero_shot, support.views)
@@ -194,24 +223,31 @@ def _shown(
         chosen = blend(predictions, support.labels, judged & ~held)
         combined[held] = weighted_sum({c: predictions[c][held] for c in chosen}, chosen)
     heads = {c.head: predictions[c] for c in weights if c is not TRUST}
-    zero_shot = support.observation.zero_shot[: len(support.labels)]
-    return {ZERO_SHOT: zero_shot, **heads, HEADS: combined}
+    return {ZERO_SHOT: support.zero_shot, **heads, HEADS: combined}
 
 
 def judge(
-    out_of_fold: dict[str, Floats], labels: Labels, judged: NDArray[np.bool_], *, seed: int
+    out_of_fold: dict[str, Floats],
+    labels: Labels,
+    judged: NDArray[np.bool_],
+    *,
+    seed: int,
+    expected: float = GAIN,
 ) -> Choice:
-    """Choose between zero-shot and the heads by predictions of the images `judged`, `(n,)`."""
+    """Choose between zero-shot and the heads by predictions of the images `judged`, `(n,)`.
+
+    `expected` is what heads gain elsewhere on answers of this kind.
+    """
     right = {n: predicted(v[judged]) == labels[judged] for n, v in out_of_fold.items()}
     loss = {n: scaled_loss(v[judged], labels[judged]) for n, v in out_of_fold.items()}
     accuracy = {name: float(values.mean()) for name, values in right.items()}
-    gain = expected_gain(right[HEADS].astype(np.float64) - right[ZERO_SHOT])
+    gain = expected_gain(right[HEADS].astype(np.float64) - right[ZERO_SHOT], expected)
     chosen = ZERO_SHOT if gain < 0 and loss[ZERO_SHOT] < loss[HEADS] else HEADS
     calibration = calibrate(out_of_fold[chosen][judged], labels[judged], seed=seed)
     return Choice(chosen, accuracy, loss, out_of_fold, int(judged.sum()), calibration)
 
 
-def expected_gain(gains: NDArray[np.float64]) -> float:
+def expected_gain(gains: NDArray[np.float64], expected: float = GAIN) -> float:
     """The heads' gain over zero-shot in accuracy, from one per image held out: -1, 0 or 1.
 
     The posterior mean under a normal prior: ten images that were learned from five others do not
@@ -219,13 +255,13 @@ def expected_gain(gains: NDArray[np.float64]) -> float:
     """
     precision = len(gains) / (gains.var() + 1 / len(gains))
     prior = GAIN_DEVIATION**-2
-    return float((prior * GAIN + precision * gains.mean()) / (prior + precision))
+    return float((prior * expected + precision * gains.mean()) / (prior + precision))
 
 
 def _deploy(support: Support, weights: Weights, choice: Choice) -> Ensemble:
     temperature = choice.calibration.temperature if choice.calibration else 1.0
     if choice.chosen == ZERO_SHOT:
-        return Ensemble(support.observation.readout, (), prior=1.0, temperature=temperature)
+        return Ensemble(support.own, (), prior=1.0, temperature=temperature)
     return _fit(support, weights)._replace(temperature=temperature)
 
 

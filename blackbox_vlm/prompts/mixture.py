@@ -24,6 +24,7 @@ from blackbox_vlm.errors import InputError
 
 PRIOR = 0.1  # nats of loss over all images; chosen on the development sets' other images
 STEPS = 200
+LARGEST = 14.0  # of the scale's logarithm: images without an error would have it grow for ever
 
 Floats = NDArray[np.float32]
 
@@ -49,8 +50,15 @@ def fit_mixture(logits: Floats, labels: NDArray[np.int64], *, prior: float = PRI
         )
     given = np.asarray(logits, dtype=np.float64)
     start = np.zeros(len(given) + 1)
+    bounds = [(None, None)] * len(given) + [(-LARGEST, LARGEST)]
     result = minimize(
-        _loss, start, (given, labels, prior), "L-BFGS-B", jac=True, options={"maxiter": STEPS}
+        _loss,
+        start,
+        (given, labels, prior),
+        "L-BFGS-B",
+        jac=True,
+        bounds=bounds,
+        options={"maxiter": STEPS},
     )
     return np.asarray(softmax(result.x[:-1]), dtype=np.float32)
 
