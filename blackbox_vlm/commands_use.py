@@ -103,7 +103,8 @@ def predict(
 ) -> None:
     """Predict IMAGES (files or folders) with the adapter of RUN; prints CSV.
 
-    Every request costs one query, from a budget of its own.
+    Every request costs one query, from a budget of its own; the same images asked about
+    together again cost nothing.
     """
     from blackbox_vlm import evaluation
     from blackbox_vlm.backend import NO_LABEL

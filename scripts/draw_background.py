@@ -4,8 +4,9 @@
 
 Asked about a bank of texts, these pictures of nothing in particular show how the texts' geometry
 distorts its scores, which `observe.features.fit_metric` undoes. They are the dead leaves model
-(Lee, Mumford, Huang, "Occlusion Models for Natural Images", IJCV 2001): sizes follow a power law, so that they have the edges, the
-occlusion and the scale invariance of photographs. Ours: each shape carries a texture.
+(Lee, Mumford, Huang, "Occlusion Models for Natural Images", IJCV 2001): sizes follow a power law,
+so that they have the edges, the occlusion and the scale invariance of photographs. Ours: each shape
+carries a texture.
 """
 
 from __future__ import annotations
