@@ -17,6 +17,7 @@ from blackbox_vlm.craft.recipes import recipe_named
 from blackbox_vlm.deployment import Deployment, of_craft, of_heads
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.ledger import Ledger, Lost, Totals
+from blackbox_vlm.local_encoder import parse_spec
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
 from blackbox_vlm.observe.choose import HEADS
@@ -320,8 +321,8 @@ def _without_craft(heads: Deployment, verdict: Verdict) -> Deployment:
     """What the heads won against, and that the rest of the budget was kept."""
     best = verdict.accuracy[verdict.chosen]
     stopped = (
-        f"CraFT's {verdict.chosen.value} reached {100 * best:.1f} % out-of-fold on "
-        f"{verdict.n_images} images, less than {heads.strategy}; the rest of its budget was kept"
+        f"CraFT came to {100 * best:.1f} % out-of-fold ({verdict.chosen.value}, on "
+        f"{verdict.n_images} images), no more than {heads.strategy}; its budget's rest was kept"
     )
     craft = {strategy.value: accuracy for strategy, accuracy in verdict.accuracy.items()}
     return replace(heads, accuracy={**craft, **heads.accuracy}, stopped=stopped)
@@ -393,6 +394,8 @@ def _method(name: str | None) -> Method | None:
 
 def _check_proposers(options: Options, method: Method | None, writer: Capabilities | None) -> None:
     """Refuse proposals that nobody would try."""
+    if options.local_encoder is not None:
+        parse_spec(options.local_encoder)
     if method is Method.CRAFT and options.local_encoder is not None:
         raise InputError(
             "a local encoder is no part of CraFT; leave --local-encoder or --method out"

@@ -353,7 +353,10 @@ def test_money_is_not_spent_at_an_unknown_price(small: Path, endpoint: Path) -> 
     refused = run(*words, "--max-cost", 1, "--out", "run")  # of how many tokens, at most?
     assert (refused.exit_code, "most_tokens" in refused.stderr) == (2, True)
     endpoint.write_text(unpriced + "[price]\nper_request = 0.5\n")
-    assert run(*words, "--max-cost", 8, "--out", "run").exit_code == 2
+    assert run(*words, "--max-cost", 2, "--out", "run").exit_code == 2
+    assert not Path("run").exists()
+    fitted = run(*words, "--max-cost", 8, "--dry-run", "--json")
+    assert json.loads(fitted.stdout)["usd"] == 3  # the pass over six images, without their views
     assert ok(*words, "--max-cost", 9, "--out", "run")["cost_usd"] == 9
     assert "9 USD" in run("inspect", "run").stdout
 

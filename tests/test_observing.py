@@ -323,7 +323,7 @@ def test_a_run_stops_early_where_the_heads_win(tmp_path: Path) -> None:
     result = tune(task, world, tmp_path / "run", asked)
     assert result.strategy == "heads"
     assert result.stopped is not None
-    assert "less than heads" in result.stopped
+    assert "no more than heads" in result.stopped
     assert result.queries_spent == len(world.requests) < plan.queries == result.queries_planned
     assert "search fold 2" not in result.spent_by_purpose
     assert result.tuned_accuracy == result.out_of_fold_accuracy["heads"] > 0.9
