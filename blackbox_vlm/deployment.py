@@ -10,18 +10,17 @@ from numpy.typing import NDArray
 
 from blackbox_vlm.backend import Access
 from blackbox_vlm.craft.refine import Refiner
-from blackbox_vlm.observations import Floats, Logits, Question, plain_question
-from blackbox_vlm.observe.ballots import question_columns, vote_readout
+from blackbox_vlm.observations import Floats, Logits, Question, class_readout, plain_question
+from blackbox_vlm.observe.ballots import question_columns
 from blackbox_vlm.observe.calibration import Calibration
-from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT, Choice, choose
+from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT, Choice, choose, zero_shot_wins
 from blackbox_vlm.observe.ensemble import Ensemble, Member, flatten
 from blackbox_vlm.observe.features import FeatureMap, before, observe_in
 from blackbox_vlm.observe.heads import Residual
-from blackbox_vlm.observe.naive_bayes import CONFIDENCE
 from blackbox_vlm.observe.votes import choose_questions
 from blackbox_vlm.observing import Observed
 from blackbox_vlm.plan import Method
-from blackbox_vlm.scores import predicted
+from blackbox_vlm.scores import accuracy_of
 from blackbox_vlm.search import Searched
 from blackbox_vlm.task import Classes, Task
 
@@ -115,10 +114,9 @@ def _choose(
         held = observed.pruned.after
         accuracy = {**choice.accuracy, HEADS: held.accuracy}
         loss = {**choice.log_loss, HEADS: held.log_loss}
-        worse = accuracy[ZERO_SHOT] > accuracy[HEADS] and loss[ZERO_SHOT] < loss[HEADS]
         choice = replace(
             choice,
-            chosen=ZERO_SHOT if worse else choice.chosen,
+            chosen=ZERO_SHOT if zero_shot_wins(accuracy, loss) else choice.chosen,
             accuracy=accuracy,
             log_loss=loss,
             calibration=None,
@@ -140,17 +138,10 @@ def _pruning(observed: Observed) -> str:
 
 def _as_it_is(observed: Observed, classes: Classes, access: Access) -> tuple[Question, Floats]:
     """The least that the endpoint's own prediction takes."""
-    question, n_classes = plain_question(access, classes), len(classes.names)
+    question = plain_question(access, classes)
     if access is Access.EMBEDDINGS:
         return question, observed.readout[: observed.n_answers]
-    if access is Access.LABEL:
-        return question, vote_readout([n_classes], n_classes, CONFIDENCE)
-    return question, np.eye(n_classes, dtype=np.float32)
-
-
-def accuracy_of(logits: Logits, labels: NDArray[np.int64]) -> float:
-    """The share of images `(n, C)` whose best class is right."""
-    return float((predicted(logits) == labels).mean())
+    return question, class_readout(access, len(classes.names))
 
 
 def of_craft(

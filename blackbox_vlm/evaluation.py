@@ -20,7 +20,7 @@ from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
 from blackbox_vlm.plan import check_max_cost
 from blackbox_vlm.running import run_sync
-from blackbox_vlm.scores import predicted
+from blackbox_vlm.scores import accuracy_of
 from blackbox_vlm.task import Task
 
 Result = TypeVar("Result")
@@ -85,8 +85,8 @@ def evaluate(
 
     (plain, tuned), spent = _spend(ask, backend, ledger, allowed, max_cost, on_lost)
     return Evaluation(
-        accuracy=float((predicted(tuned) == labels).mean()),
-        zero_shot_accuracy=float((predicted(plain) == labels).mean()),
+        accuracy=accuracy_of(tuned, labels),
+        zero_shot_accuracy=accuracy_of(plain, labels),
         n_images=len(task),
         queries_spent=spent,
         budget=allowed,

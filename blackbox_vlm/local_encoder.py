@@ -20,11 +20,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from blackbox_vlm.backend import Backend, ImageEmbeddings, open_backend
+from blackbox_vlm.backend import Access, Backend, ImageEmbeddings, open_backend
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image, quote
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
+from blackbox_vlm.observations import unit
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.running import run_sync
 
@@ -69,8 +70,7 @@ class LocalEncoder:
         if not images:
             raise InputError("there are no images to encode; give at least one")
         [vectors] = await self._meter.observe([ImageEmbeddings(tuple(images))], "local encoder")
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.asarray(vectors / np.maximum(lengths, 1e-12), dtype=np.float32)
+        return unit(vectors)
 
     def vectors_sync(self, images: Sequence[Image]) -> Floats:
         """`vectors`, where nothing is awaited."""
@@ -93,19 +93,33 @@ def open_local_encoder(
         InputError: there is no such model, or its weights cannot be had.
         StorageError: the ledger cannot be opened.
     """
+    with ExitStack() as stack:
+        backend = stack.enter_context(open_local(spec, access=Access.EMBEDDINGS, device=device))
+        path = ledger or Path(stack.enter_context(TemporaryDirectory())) / "vectors.sqlite"
+        yield LocalEncoder(backend, stack.enter_context(Ledger(path, UNLIMITED)))
+
+
+@contextmanager
+def open_local(spec: str, *, access: Access, device: str = "auto") -> Iterator[Backend]:
+    """Open the backend of a spec, which `open_local_encoder` describes; a `with` closes it.
+
+    Raises:
+        InputError: there is no such model, or its weights cannot be had.
+    """
     model, pretrained = parse_spec(spec)
+    most = IMAGES_PER_REQUEST if access is Access.EMBEDDINGS else None
     backend = open_backend(
         "local",
         model=model,
         pretrained=pretrained,
         device=device,
-        access="embeddings",
-        images_per_request=IMAGES_PER_REQUEST,
+        access=access.value,
+        images_per_request=most,
     )
-    with ExitStack() as stack:
-        stack.callback(lambda: run_sync(backend.aclose()))
-        path = ledger or Path(stack.enter_context(TemporaryDirectory())) / "vectors.sqlite"
-        yield LocalEncoder(backend, stack.enter_context(Ledger(path, UNLIMITED)))
+    try:
+        yield backend
+    finally:
+        run_sync(backend.aclose())
 
 
 def parse_spec(spec: str) -> tuple[str, str | None]:

@@ -7,7 +7,9 @@ of texts, or votes. A readout `(K, n_classes)` makes the endpoint's own logits o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ from blackbox_vlm.backend import (
     TextEmbeddings,
     TextScores,
 )
+from blackbox_vlm.batching import distinct
 from blackbox_vlm.images import Image
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observe.ballots import encode_votes, vote_readout
@@ -58,6 +61,12 @@ class Question:
         kind = Labels if access is Access.LABEL else TextScores
         return [kind(images, texts) for texts in self.lists]
 
+    def queries(
+        self, images: tuple[Image, ...], classes: Classes, capabilities: Capabilities
+    ) -> int:
+        """How many requests are sent to answer it for these images."""
+        return len(distinct(self.requests(images, classes, capabilities.access), capabilities))
+
 
 async def ask(
     meter: Meter,
@@ -86,19 +95,36 @@ async def plain_readout(meter: Meter, classes: Classes, purpose: str) -> Floats:
 
     Asks for the class texts' vectors where the access level is embeddings, and nothing elsewhere.
     """
-    capabilities = meter.capabilities
-    if capabilities.access is Access.EMBEDDINGS:
-        [texts] = await meter.observe([TextEmbeddings(classes.texts)], purpose)
-        return vector_readout(texts, capabilities.logit_scale)
-    n_classes = len(classes.names)
-    if capabilities.access is Access.LABEL:
+    access = meter.capabilities.access
+    if access is Access.EMBEDDINGS:
+        readout: Floats = (await text_readouts(meter, [classes.texts], purpose))[0]
+        return readout
+    return class_readout(access, len(classes.names))
+
+
+def class_readout(access: Access, n_classes: int) -> Floats:
+    """What makes zero-shot logits of scores of the classes, or of votes on them, `(C, C)`."""
+    if access is Access.LABEL:
         return vote_readout([n_classes], n_classes, CONFIDENCE)
     return np.eye(n_classes, dtype=np.float32)
 
 
-def vector_readout(texts: Array, scale: float) -> Floats:
-    """The readout `(dim, n_texts)` of vectors, from the texts' own `(n_texts, dim)`."""
-    return np.asarray(unit(texts).T * scale, dtype=np.float32)
+async def text_readouts(meter: Meter, lists: Sequence[Sequence[str]], purpose: str) -> Floats:
+    """Ask for texts' vectors: the readouts of images' vectors, `(n_lists, dim, n_texts)`."""
+    texts, places = together(lists)
+    [vectors] = await meter.observe([TextEmbeddings(texts)], purpose)
+    scale = meter.capabilities.logit_scale
+    return np.stack([np.asarray(unit(vectors[at]).T * scale, dtype=np.float32) for at in places])
+
+
+def together(lists: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Lists of equally many texts as one question.
+
+    Returns:
+        the different texts, and where among them each list's stand, `(n_lists, n_texts)`.
+    """
+    place = {text: at for at, text in enumerate(dict.fromkeys(chain.from_iterable(lists)))}
+    return tuple(place), np.array([[place[text] for text in texts] for texts in lists])
 
 
 async def plain_logits(

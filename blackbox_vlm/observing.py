@@ -7,20 +7,20 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blackbox_vlm.backend import Access
+from blackbox_vlm.backend import Access, Request
 from blackbox_vlm.background import background_images
 from blackbox_vlm.local_encoder import LocalEncoder, with_vectors
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import Floats, Logits, Question, ask, vector_readout
+from blackbox_vlm.observations import Floats, Logits, Question, ask, text_readouts
 from blackbox_vlm.observe.bank import Pruning, prune, reduced
 from blackbox_vlm.observe.choose import Prior
 from blackbox_vlm.observe.features import Metric, fit_metric
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.plan import Plan, needs_canary
-from blackbox_vlm.planner import text_requests, view_images
+from blackbox_vlm.planner import texts_under, view_images
 from blackbox_vlm.prompts.choice import choose_weights
 from blackbox_vlm.scores import centred
-from blackbox_vlm.task import Classes, Task
+from blackbox_vlm.task import Task
 
 
 class Observed(NamedTuple):
@@ -70,7 +70,8 @@ async def observe(
     """
     assert plan.question is not None
     answers = await ask(meter, plan.question, task.images, task.classes, "observe")
-    noise = await _noise(meter, task, plan.question)
+    asked = plan.question.requests(task.images, task.classes, meter.capabilities.access)
+    noise = await measured_noise(meter, asked[0])
     readouts = await _readouts(meter, task, plan)
     prior = _prior(answers, readouts, task, seed)
     readout = prior.learned(np.ones(len(task), dtype=bool)) if prior else readouts[0]
@@ -131,12 +132,9 @@ def _pruned(seen: Observed, labels: NDArray[np.int64], plan: Plan, seed: int) ->
     )
 
 
-async def _noise(meter: Meter, task: Task, question: Question) -> float | None:
-    if not needs_canary(meter.capabilities):
-        return None
-    access = meter.capabilities.access
-    first = question.requests(task.images, task.classes, access)[0]
-    return await meter.canary(first)
+async def measured_noise(meter: Meter, first: Request) -> float | None:
+    """The largest difference between two answers to a question; None where it would only repeat."""
+    return await meter.canary(first) if needs_canary(meter.capabilities) else None
 
 
 async def _readouts(meter: Meter, task: Task, plan: Plan) -> Floats:
@@ -144,14 +142,7 @@ async def _readouts(meter: Meter, task: Task, plan: Plan) -> Floats:
     if meter.capabilities.access is not Access.EMBEDDINGS:
         assert plan.readout is not None
         return plan.readout[None]
-    [request] = text_requests(task, plan.templates)
-    [vectors] = await meter.observe([request], "texts")
-    place = {text: at for at, text in enumerate(request.texts)}
-    scale, readouts = meter.capabilities.logit_scale, []
-    for template in plan.templates:
-        texts = Classes(task.class_names, template).texts
-        readouts.append(vector_readout(vectors[[place[text] for text in texts]], scale))
-    return np.stack(readouts)
+    return await text_readouts(meter, texts_under(task, plan.templates), "texts")
 
 
 def _prior(answers: Floats, readouts: Floats, task: Task, seed: int) -> Prior | None:

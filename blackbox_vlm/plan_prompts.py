@@ -14,7 +14,7 @@ from blackbox_vlm.backend import (
     TextEmbeddings,
     TextScores,
 )
-from blackbox_vlm.batching import distinct, split
+from blackbox_vlm.batching import split
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.observations import Question, plain_requests
 from blackbox_vlm.plan import Method, Plan, Step, canary_steps, make_step
@@ -160,8 +160,7 @@ def _per_image(task: Task, capabilities: Capabilities) -> int:
     """What a prediction takes at most: of the prompts that are left, a mixture may take all."""
     texts = [tuple(f"{name} {n}" for name in task.classes.texts) for n in range(KEEP)]
     lists = texts if capabilities.access is Access.LABEL else [sum(texts, ())]
-    asked = Question(tuple(lists)).requests(task.images[:1], task.classes, capabilities.access)
-    return len(distinct(asked, capabilities))
+    return Question(tuple(lists)).queries(task.images[:1], task.classes, capabilities)
 
 
 def _last_steps(task: Task, capabilities: Capabilities) -> list[Step]:

@@ -5,7 +5,7 @@
 | embeddings | every image once, class texts under several templates | all else is local and free |
 | scores | every image and some drawings, against a bank of texts | the same, by the texts |
 | soft | as scores; then CraFT on folds, and to the end if it wins there | the method itself |
-| label | every image under a few questions, the best found by a race | nothing else is to be had |
+| label | every image under a few questions, of which the best stay | nothing else is to be had |
 
 Evaluation and prediction have budgets of their own; the plan says what they will take.
 """
@@ -20,11 +20,10 @@ import numpy as np
 from blackbox_vlm.augment import augmented
 from blackbox_vlm.backend import Access, Capabilities, TextEmbeddings
 from blackbox_vlm.background import background_images
-from blackbox_vlm.batching import distinct
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
-from blackbox_vlm.observations import Floats, Question, plain_question
+from blackbox_vlm.observations import Floats, Question, class_readout, plain_question, together
 from blackbox_vlm.observe.ballots import vote_readout
 from blackbox_vlm.observe.bank import bank_size, make_bank
 from blackbox_vlm.observe.naive_bayes import CONFIDENCE
@@ -134,7 +133,7 @@ def _question(
         lists = candidate_questions(task.class_names, task.template, limit=limit, most=most)
         return Question(lists), vote_readout([len(texts) for texts in lists], n_classes, CONFIDENCE)
     if student or method is Method.REFINE:
-        return plain_question(access, task.classes), np.eye(n_classes, dtype=np.float32)
+        return plain_question(access, task.classes), class_readout(access, n_classes)
     bank = make_bank(task.class_names, task.template, capabilities)
     return Question((bank.texts,)), bank.readout
 
@@ -170,29 +169,29 @@ def _text_step(
 ) -> tuple[tuple[str, ...], Step]:
     """As many templates as cost no more queries than the images do; the task's own at least."""
     templates = usable(candidates(task.template)[:TEMPLATES])
-    while len(templates) > 1 and _text_queries(task, templates, capabilities) > most:
+    step = _vector_step(task, templates, capabilities)
+    while len(templates) > 1 and step.queries > most:
         templates = templates[: len(templates) // 2]
+        step = _vector_step(task, templates, capabilities)
+    return templates, step
+
+
+def _vector_step(task: Task, templates: tuple[str, ...], capabilities: Capabilities) -> Step:
+    texts, _ = together(texts_under(task, templates))
     why = f"the class texts' vectors under {len(templates)} templates: no image is shown for them"
-    requests = text_requests(task, templates)
-    return templates, make_step("texts", requests, capabilities, why)
+    return make_step("texts", [TextEmbeddings(texts)], capabilities, why)
 
 
-def text_requests(task: Task, templates: Iterable[str]) -> list[TextEmbeddings]:
-    """The class texts under some templates, template by template, each different text once."""
-    texts = [text for template in templates for text in Classes(task.class_names, template).texts]
-    return [TextEmbeddings(tuple(dict.fromkeys(texts)))]
-
-
-def _text_queries(task: Task, templates: tuple[str, ...], capabilities: Capabilities) -> int:
-    return len(distinct(text_requests(task, templates), capabilities))
+def texts_under(task: Task, templates: Iterable[str]) -> list[tuple[str, ...]]:
+    """The class texts under each template."""
+    return [Classes(task.class_names, template).texts for template in templates]
 
 
 def _per_image(plan: Plan, task: Task, capabilities: Capabilities) -> int:
     """What a prediction takes at most: of the texts and questions, only some stay."""
     assert plan.question is not None
     lists = tuple(texts[: plan.prune_to] for texts in plan.question.lists[:MOST_QUESTIONS])
-    asked = Question(lists).requests(task.images[:1], task.classes, capabilities.access)
-    return len(distinct(asked, capabilities))
+    return Question(lists).queries(task.images[:1], task.classes, capabilities)
 
 
 def _with_background(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:

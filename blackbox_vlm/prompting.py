@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blackbox_vlm.backend import Access, Array, Backend, TextEmbeddings
+from blackbox_vlm.backend import Access, Array, Backend
 from blackbox_vlm.deployment import Deployment
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
-from blackbox_vlm.observations import Floats, Question, plain_requests, vector_readout
-from blackbox_vlm.observe.ballots import encode_votes, vote_readout
+from blackbox_vlm.observations import (
+    Floats,
+    Question,
+    class_readout,
+    plain_requests,
+    text_readouts,
+    together,
+)
+from blackbox_vlm.observe.ballots import encode_votes
 from blackbox_vlm.observe.ensemble import Ensemble
-from blackbox_vlm.observe.naive_bayes import CONFIDENCE
-from blackbox_vlm.plan import Plan, needs_canary
+from blackbox_vlm.observing import measured_noise
+from blackbox_vlm.plan import Plan
 from blackbox_vlm.plan_prompts import KEEP, Descriptions, first_prompts, purpose
 from blackbox_vlm.prompts.choice import choose_prompts
 from blackbox_vlm.prompts.proposals import COUNT
 from blackbox_vlm.prompts.race import OWN
 from blackbox_vlm.prompts.templates import Prompt, prompts
 from blackbox_vlm.proposing import projected_templates, written_templates
-from blackbox_vlm.racing import Heat, RaceResult, Usable, race
-from blackbox_vlm.scores import centred, predicted
+from blackbox_vlm.racing import RaceResult, Usable, race
+from blackbox_vlm.scores import accuracy_of, centred
 from blackbox_vlm.task import Task
 
 
@@ -51,35 +58,21 @@ async def tune_prompts(
     plan: Plan,
     seed: int,
     proposers: Proposers,
-    on_progress: Callable[[Heat], None] = lambda heat: None,
 ) -> Deployment:
     """Race the prompts, and settle on the own one, the best, or a mixture of those left."""
     assert task.labels is not None  # make_plan has refused unlabelled tasks
-    noise = await _noise(meter, task)
+    plain = plain_requests(meter.capabilities, task.images, task.classes)
+    noise = await measured_noise(meter, plain[0])
     entrants = await _entrants(task, plan, seed, proposers)
-    result = await race(
-        meter, plan.races[0], task.images, task.labels, entrants, on_progress=on_progress
-    )
+    result = await race(meter, plan.races[0], task.images, task.labels, entrants)
     if proposers.writer is not None:
         entrants = await _next_entrants(proposers.writer, task, entrants, result, proposers.usable)
         result = await race(
-            meter,
-            plan.races[1],
-            task.images,
-            task.labels,
-            entrants,
-            purpose=purpose(1),
-            on_progress=on_progress,
+            meter, plan.races[1], task.images, task.labels, entrants, purpose=purpose(1)
         )
     deployed = await _deploy(meter, task, entrants, result, seed, noise)
     early = result.queries < plan.races[-1].queries
     return replace(deployed, stopped=result.reason if early else None)
-
-
-async def _noise(meter: Meter, task: Task) -> float | None:
-    if not needs_canary(meter.capabilities):
-        return None
-    return await meter.canary(plain_requests(meter.capabilities, task.images, task.classes)[0])
 
 
 async def _entrants(task: Task, plan: Plan, seed: int, proposers: Proposers) -> tuple[Prompt, ...]:
@@ -139,7 +132,7 @@ async def _deploy(
         question=question,
         ensemble=Ensemble(readout, (), prior=1.0, temperature=temperature),
         zero_shot=readouts[0] if 0 in kept else None,
-        zero_shot_accuracy=float((predicted(logits[0]) == labels).mean()),
+        zero_shot_accuracy=accuracy_of(logits[0], labels),
         accuracy=choice.accuracy,
         log_loss=choice.log_loss,
         reason=f"{choice.reason}; prompts: {names}; the race ended as {result.reason}",
@@ -159,7 +152,7 @@ def _logits(answers: Array, n_classes: int) -> Floats:
     """Of survivors, `(M, n, C)`; labels `(M, n)` become logits as sure as a bare label is."""
     if answers.ndim == 3:
         return np.asarray(answers, dtype=np.float32)
-    readout = vote_readout([n_classes], n_classes, CONFIDENCE)
+    readout = class_readout(Access.LABEL, n_classes)
     return np.stack([centred(encode_votes(row[:, None], [n_classes]) @ readout) for row in answers])
 
 
@@ -167,23 +160,16 @@ async def _readouts(
     meter: Meter, task: Task, left: Sequence[Prompt]
 ) -> tuple[Question, NDArray[np.float32]]:
     """What to ask for some prompts, and the readout of each, `(M, K, n_classes)`."""
-    n_classes, capabilities = len(task.class_names), meter.capabilities
-    if capabilities.access is Access.EMBEDDINGS:
-        texts = tuple(dict.fromkeys(text for prompt in left for text in prompt.texts))
-        [vectors] = await meter.observe([TextEmbeddings(texts)], "deploy")
-        place = {text: at for at, text in enumerate(texts)}
-        rows = [[place[text] for text in prompt.texts] for prompt in left]
-        scale = capabilities.logit_scale
-        return Question(), np.stack([vector_readout(vectors[row], scale) for row in rows])
-    if capabilities.access is Access.LABEL:
-        one = vote_readout([n_classes], n_classes, CONFIDENCE)
-        blocks = [
-            np.roll(_padded(one, len(left)), at * n_classes, axis=0) for at in range(len(left))
-        ]
-        return Question(tuple(prompt.texts for prompt in left)), np.stack(blocks)
-    texts = tuple(dict.fromkeys(text for prompt in left for text in prompt.texts))
-    columns = np.array([[texts.index(text) for text in prompt.texts] for prompt in left])
-    picked = np.arange(len(texts))[:, None] == columns[:, None, :]
+    access, lists = meter.capabilities.access, tuple(prompt.texts for prompt in left)
+    if access is Access.EMBEDDINGS:
+        return Question(), await text_readouts(meter, lists, "deploy")
+    if access is Access.LABEL:
+        one = class_readout(access, len(task.class_names))
+        block = _padded(one, len(left))
+        blocks = [np.roll(block, at * len(one), axis=0) for at in range(len(left))]
+        return Question(lists), np.stack(blocks)
+    texts, places = together(lists)
+    picked = np.arange(len(texts))[:, None] == places[:, None, :]
     return Question((texts,)), picked.astype(np.float32)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +34,7 @@ from blackbox_vlm.batching import split
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
 from blackbox_vlm.meter import Meter
+from blackbox_vlm.observations import together, unit
 from blackbox_vlm.prompts import race as method
 from blackbox_vlm.prompts.race import Losses, Race, Round, Standing
 from blackbox_vlm.prompts.templates import Prompt
@@ -67,16 +67,6 @@ class RacePlan:
     def queries(self) -> int:
         """What is spent at most."""
         return self.vectors + sum(r.queries for r in self.rounds) if self.rounds else 0
-
-
-class Heat(NamedTuple):
-    """A round that is over, for people."""
-
-    number: int  # from 1
-    rounds: int
-    candidates: int  # that ran it
-    images: int  # that they have seen
-    leader: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +152,6 @@ async def race(
     prompts: Sequence[Prompt],
     *,
     purpose: str = "race",
-    on_progress: Callable[[Heat], None] = lambda heat: None,
 ) -> RaceResult:
     """Run a race. Its prompts and images are those that it was planned for.
 
@@ -184,8 +173,6 @@ async def race(
         queries += cost_of(len(asked), len(shown))
         every = np.stack([seen[candidate] for candidate in question.candidates])
         now = method.tell(now, _losses(every, labels[order]))
-        leader = prompts[method.standings(now)[0].candidate].name
-        on_progress(Heat(now.told, len(now.rounds), len(asked), len(order), leader))
     return _result(now, order, seen, queries)
 
 
@@ -224,24 +211,20 @@ async def _answers(
     if access is Access.LABEL:
         asked: list[Request] = [Labels(pictures, prompt.texts) for prompt in prompts]
         return np.stack(await meter.observe(asked, purpose))
-    groups = list(_groups(meter.capabilities, prompts))
-    places = [_places(group) for group in groups]
-    scored = await meter.observe([TextScores(pictures, tuple(p)) for p in places], purpose)
+    groups = [_together(group) for group in _groups(meter.capabilities, prompts)]
+    scored = await meter.observe([TextScores(pictures, texts) for texts, _ in groups], purpose)
     rows = [
-        logits[:, [place[text] for text in prompt.texts]]
-        for group, place, logits in zip(groups, places, scored, strict=True)
-        for prompt in group
+        logits[:, at] for logits, (_, places) in zip(scored, groups, strict=True) for at in places
     ]
     return centred(np.stack(rows))
 
 
 async def _cosines(meter: Meter, vectors: Array, prompts: Sequence[Prompt], purpose: str) -> Array:
     """Logits of image vectors `(n, dim)` under each prompt, `(k, n, n_classes)`."""
-    place = _places(prompts)
-    [embedded] = await meter.observe([TextEmbeddings(tuple(place))], purpose)
-    rows = np.array([[place[text] for text in prompt.texts] for prompt in prompts])
+    texts, places = _together(prompts)
+    [embedded] = await meter.observe([TextEmbeddings(texts)], purpose)
     scale = np.float32(meter.capabilities.logit_scale)
-    return centred(np.einsum("nd,kcd->knc", _unit(vectors), _unit(embedded)[rows]) * scale)
+    return centred(np.einsum("nd,kcd->knc", unit(vectors), unit(embedded)[places]) * scale)
 
 
 def _groups(capabilities: Capabilities, prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
@@ -258,10 +241,8 @@ def prompts_together(capabilities: Capabilities, n_classes: int) -> int:
     return max(1, most // n_classes)
 
 
-def _places(prompts: Sequence[Prompt]) -> dict[str, int]:
-    """The different texts of prompts, and where each stands in a question."""
-    texts = dict.fromkeys(text for prompt in prompts for text in prompt.texts)
-    return {text: at for at, text in enumerate(texts)}
+def _together(prompts: Sequence[Prompt]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    return together([prompt.texts for prompt in prompts])
 
 
 def _cost(capabilities: Capabilities, images: Images, n_classes: int) -> method.Cost:
@@ -276,7 +257,7 @@ def _cost(capabilities: Capabilities, images: Images, n_classes: int) -> method.
             return n_prompts * len(split(Labels(images[:1], texts[:n_classes]), capabilities))
         prompts = [Prompt("", texts[at : at + n_classes]) for at in range(0, len(texts), n_classes)]
         groups = _groups(capabilities, prompts)
-        asked = [TextScores(images[:1], tuple(_places(group))) for group in groups]
+        asked = [TextScores(images[:1], _together(group)[0]) for group in groups]
         return sum(len(split(question, capabilities)) for question in asked)
 
     def cost_of(n_prompts: int, n_images: int) -> int:
@@ -310,8 +291,3 @@ def _check(images: Images, labels: NDArray[np.int64], prompts: Sequence[Prompt],
         raise InputError(f"got {len(images)} images and {len(labels)} labels; wanted 2 or more")
     if len(prompts) < 2 or keep < 2:
         raise InputError(f"got {len(prompts)} prompts and keep={keep}; a race takes 2 or more")
-
-
-def _unit(vectors: Array) -> Array:
-    unit: Array = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    return unit

@@ -1,7 +1,8 @@
 """From what an endpoint returns to logits that a method can use.
 
 Probabilities give logits up to one constant per image and request (softmax) or exactly (sigmoid);
-rounding and top-k leave gaps, which are filled by what is known of them, never by zero.
+rounding and top-k leave gaps, which are filled by what is known of them, never by zero. And what
+logits are worth: how often they are right, and whether one method is more so than another.
 """
 
 from __future__ import annotations
@@ -59,6 +60,19 @@ def predicted(logits: Array) -> NDArray[np.int64]:
     """The best text of every image, `(n_images,)`; `NO_LABEL` where all are the same."""
     best = np.asarray(logits.argmax(axis=1), dtype=np.int64)
     return np.where(np.all(logits == logits[:, :1], axis=1), NO_LABEL, best)
+
+
+def accuracy_of(logits: Array, labels: NDArray[np.int64]) -> float:
+    """The share of images `(n, C)` whose best text is that of their label."""
+    return float((predicted(logits) == labels).mean())
+
+
+def clearly_positive(gain: NDArray[np.float64], errors: float = 1.0) -> bool:
+    """Whether a mean over images `(n,)` exceeds so many of its standard errors.
+
+    Differences of two methods on the same images are paired, which keeps the error small.
+    """
+    return bool(gain.mean() > errors * gain.std() / np.sqrt(len(gain)))
 
 
 def log_probabilities(logits: Array) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, prompt_logits
 from blackbox_vlm.plan import Plan, Stage
-from blackbox_vlm.scores import predicted
+from blackbox_vlm.scores import clearly_positive, predicted
 from blackbox_vlm.task import Task
 
 CHECKPOINT = "craft"
@@ -189,8 +189,7 @@ class CraftRun:
         """Whether a rival is better out-of-fold: after the last fold at all, before it clearly."""
         right = (predicted(rival) == self._labels)[verdict.held]
         gain = right.astype(np.float64) - verdict.correct
-        error = gain.std() / np.sqrt(len(gain))
-        return bool(gain.mean() >= 0 if last else gain.mean() > CLEARLY * error)
+        return bool(gain.mean() >= 0) if last else clearly_positive(gain, CLEARLY)
 
     async def _final_refiner(self, final: Finished) -> Refiner:
         """The refiner that goes with the deployed prompt."""

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from blackbox_vlm._version import __version__
-from blackbox_vlm.backend import Backend, Capabilities, check_texts
+from blackbox_vlm.backend import Access, Backend, Capabilities, check_texts
 from blackbox_vlm.beside import Beside
 from blackbox_vlm.craft.guard import Verdict
 from blackbox_vlm.craft.recipes import recipe_named
 from blackbox_vlm.deployment import Deployment, of_craft, of_heads
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.ledger import Ledger, Lost, Totals
-from blackbox_vlm.local_encoder import parse_spec
+from blackbox_vlm.local_encoder import open_local, parse_spec
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
 from blackbox_vlm.observe.choose import HEADS
-from blackbox_vlm.observing import observe
-from blackbox_vlm.plan import Method, Plan, check_max_cost, needs_canary
+from blackbox_vlm.observing import measured_noise, observe
+from blackbox_vlm.plan import Method, Plan, check_max_cost
 from blackbox_vlm.plan_prompts import plan_prompts
 from blackbox_vlm.planner import make_plan
 from blackbox_vlm.prompting import tune_prompts
@@ -197,6 +197,7 @@ def tune(
     made = _affordable(task, backend.capabilities, asked, written_by, backend)
     _check_texts(backend, task, options.descriptions)
     with ExitStack() as stack:
+        model = _local_model(options, made, stack)  # or its refusal would leave a folder behind
         _claim(run, stack, description or {}, resume=resume)
         ledger = stack.enter_context(_account(run.ledger, options, budget, max_cost))
         ledger.bind(_fingerprint(task, backend.capabilities, options, made, written_by))
@@ -214,7 +215,7 @@ def tune(
             )
             for one in (backend, *([writer] if writer else []))
         )
-        local = Beside(options.local_encoder, options.descriptions, run, stack, writers)
+        local = Beside(model, options.descriptions, run, stack, writers)
         work = _tune(task, made, backend, options, meter, ledger, local, on_progress)
         deployed = run_sync(work)
         how = (made, options.recipe, options.seed, deployed)
@@ -229,6 +230,13 @@ def tune(
         adapter.save_pretrained(run.adapter)
         run.write_result(asdict(result))
     return result
+
+
+def _local_model(options: Options, made: Plan, stack: ExitStack) -> Backend | None:
+    if options.local_encoder is None:
+        return None
+    access = Access.SOFT if made.races else Access.EMBEDDINGS
+    return stack.enter_context(open_local(options.local_encoder, access=access))
 
 
 def _claim(
@@ -289,7 +297,9 @@ async def _tune(
         return await run.run(plain, rival)
 
     if made.question is None:
-        plain, noise = await _plain(task, meter)
+        plain = await plain_logits(meter, task.images, task.classes, "zero-shot")
+        asked = plain_requests(meter.capabilities, task.images, task.classes)
+        noise = await measured_noise(meter, asked[0])
         searched = await craft(plain)
         assert isinstance(searched, Searched)  # it stops early only for a rival
         return of_craft(searched, recipe.name, plain, task, noise)
@@ -306,15 +316,6 @@ async def _tune(
         craft_won = of_craft(outcome, recipe.name, observed.plain, task, observed.noise)
         return replace(craft_won, accuracy={**heads.accuracy, **craft_won.accuracy})
     return _without_craft(heads, outcome)
-
-
-async def _plain(task: Task, meter: Meter) -> tuple[Logits, float | None]:
-    """The endpoint's own predictions, and its noise where answers may vary."""
-    plain = await plain_logits(meter, task.images, task.classes, "zero-shot")
-    if not needs_canary(meter.capabilities):
-        return plain, None
-    first = plain_requests(meter.capabilities, task.images, task.classes)[0]
-    return plain, await meter.canary(first)
 
 
 def _without_craft(heads: Deployment, verdict: Verdict) -> Deployment:

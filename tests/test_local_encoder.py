@@ -26,6 +26,7 @@ from blackbox_vlm.observe.choose import choose, ensemble_logits
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.observe.questions import candidate_questions
 from blackbox_vlm.observe.votes import choose_questions
+from blackbox_vlm.tuning import Options, tune
 
 pytestmark = pytest.mark.usefixtures("one_load")
 
@@ -125,6 +126,16 @@ def test_a_spec_that_names_nothing_is_refused(spec: str) -> None:
 def test_a_model_that_cannot_be_had_is_refused(spec: str) -> None:
     with pytest.raises(InputError), open_local_encoder(spec):
         pass
+
+
+@pytest.mark.parametrize("method", [None, "prompts"])
+def test_a_refused_model_leaves_no_run_behind(
+    method: str | None, task: Task, endpoint: LocalBlackBox, tmp_path: Path
+) -> None:
+    options = Options(budget=4000, method=method, local_encoder="ViT-B-32:nobody")
+    with pytest.raises(InputError, match="nobody"):
+        tune(task, endpoint, tmp_path / "run", options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_endpoint_is_the_prior_and_the_vectors_are_the_features() -> None:

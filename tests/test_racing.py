@@ -29,7 +29,7 @@ from blackbox_vlm.meter import Meter
 from blackbox_vlm.prompts.race import OWN, Round, cross_entropy
 from blackbox_vlm.prompts.templates import prompts
 from blackbox_vlm.proposing import GENERATIONS, SURROGATE, projected_templates
-from blackbox_vlm.racing import Heat, RacePlan, RaceResult, plan_race, race, usable
+from blackbox_vlm.racing import RacePlan, RaceResult, plan_race, race, usable
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.task import Classes
 
@@ -64,18 +64,8 @@ def planned(limits: Capabilities, budget: int = 2000, **options: Any) -> RacePla
     return plan_race(limits, PICTURES, LABELS, PROMPTS, budget=budget, **{"seed": 5} | options)
 
 
-def raced(
-    world: LinearWorld,
-    ledger: Ledger,
-    plan: RacePlan,
-    heats: list[Heat] | None = None,
-    **meter: Any,
-) -> RaceResult:
-    told = [] if heats is None else heats
-    work = race(
-        Meter(world, ledger, **meter), plan, PICTURES, LABELS, PROMPTS, on_progress=told.append
-    )
-    return run_sync(work)
+def raced(world: LinearWorld, ledger: Ledger, plan: RacePlan, **meter: Any) -> RaceResult:
+    return run_sync(race(Meter(world, ledger, **meter), plan, PICTURES, LABELS, PROMPTS))
 
 
 @pytest.fixture
@@ -239,15 +229,7 @@ def test_another_seed_shows_other_images_first() -> None:
     assert not np.array_equal(planned(limits).order, planned(limits, seed=6).order)
 
 
-# -- people ----------------------------------------------------------------------------------------
-
-
-def test_progress_names_the_leader(ledger: Ledger) -> None:
-    heats: list[Heat] = []
-    plan = planned(ENDPOINTS["labels"], keep=3)
-    result = raced(LinearWorld(ENDPOINTS["labels"]), ledger, plan, heats)
-    assert [heat.number for heat in heats] == list(range(1, len(plan.rounds) + 1))
-    assert heats[-1] == Heat(len(heats), len(heats), len(result.survivors), 60, TEMPLATES[RIGHT])
+# -- templates -------------------------------------------------------------------------------------
 
 
 class Particular(LinearWorld):

@@ -12,7 +12,9 @@ from blackbox_vlm.observe.ballots import encode_votes, vote_readout
 from blackbox_vlm.scores import (
     SMALLEST_PROBABILITY,
     SMALLEST_REST,
+    accuracy_of,
     centred,
+    clearly_positive,
     fill_censored,
     log_probabilities,
     predicted,
@@ -132,3 +134,11 @@ def test_log_probabilities_survive_extreme_logits() -> None:
 def test_a_row_that_prefers_nothing_predicts_nothing() -> None:
     logits = np.array([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [3.0, 1.0, 0.0]], dtype=np.float32)
     assert predicted(logits).tolist() == [NO_LABEL, 1, 0]
+    assert accuracy_of(logits, np.array([0, 1, 0])) == pytest.approx(2 / 3)
+
+
+def test_a_clear_gain_exceeds_its_standard_errors() -> None:
+    gain = np.array([1.0, 1.0, 1.0, -1.0])  # mean 0.5, standard error 0.433
+    assert clearly_positive(gain)
+    assert not clearly_positive(gain, errors=2)
+    assert not clearly_positive(np.zeros(4))

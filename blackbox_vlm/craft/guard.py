@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from blackbox_vlm.craft.craft import Logits, fit_refiner, refined
 from blackbox_vlm.craft.recipes import Recipe
 from blackbox_vlm.craft.refine import Refiner
-from blackbox_vlm.scores import log_probabilities, predicted
+from blackbox_vlm.scores import clearly_positive, log_probabilities, predicted
 
 
 class Strategy(StrEnum):
@@ -155,16 +155,11 @@ def decide(
     accuracy = {s: float(right.mean()) for s, right in correct.items()}
     log_loss = {s: _log_loss(logits[s], labels) for s in correct}
     chosen = max(accuracy, key=lambda s: (accuracy[s], -log_loss[s]))
-    if default is not None and not _clearly_better(correct[chosen], correct[default]):
-        chosen = default
+    if default is not None:
+        gain = correct[chosen].astype(np.float64) - correct[default]
+        chosen = chosen if clearly_positive(gain) else default
     everyone = np.ones(len(labels), dtype=bool)
     return Verdict(chosen, accuracy, log_loss, everyone, correct[chosen])
-
-
-def _clearly_better(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> bool:
-    """Whether the first is right more often, by more than the paired standard error."""
-    gain = one.astype(np.float64) - other
-    return bool(gain.mean() > gain.std() / np.sqrt(len(gain)))
 
 
 def _log_loss(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:

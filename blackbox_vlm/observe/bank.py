@@ -29,7 +29,7 @@ from blackbox_vlm.observe.calibration import log_loss
 from blackbox_vlm.observe.choose import choose
 from blackbox_vlm.observe.ensemble import Ensemble, ensemble_logits
 from blackbox_vlm.observe.observation import Observation
-from blackbox_vlm.scores import centred, predicted
+from blackbox_vlm.scores import accuracy_of, centred
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -209,7 +209,7 @@ def reduced(answers: Floats, kept: NDArray[np.int64]) -> Floats:
 
 
 def _held(logits: Floats, labels: Labels) -> Held:
-    return Held(float((predicted(logits) == labels).mean()), float(log_loss(logits, labels).mean()))
+    return Held(accuracy_of(logits, labels), float(log_loss(logits, labels).mean()))
 
 
 def restrict(bank: Bank, kept: NDArray[np.int64]) -> Bank:

@@ -25,6 +25,7 @@ from blackbox_vlm.observe.calibration import log_loss
 from blackbox_vlm.observe.features import View
 from blackbox_vlm.observe.heads import Floats, Head, Labels, as_float32
 from blackbox_vlm.observe.pooling import pool, scaled_loss
+from blackbox_vlm.scores import clearly_positive
 
 PULL = 1.0  # of the pool's weights to those fixed in advance, in images
 LEAST_TRUST = 0.1  # expected weight of the zero-shot logits where every head holds them already
@@ -96,11 +97,6 @@ def blend(
 def weighted_sum(predictions: Predictions, weights: Weights) -> Floats:
     """Logits of a pool, `(n, C)`."""
     return as_float32(sum(weight * predictions[c] for c, weight in weights.items()))
-
-
-def clearly_positive(gain: NDArray[np.float64]) -> bool:
-    """Whether the mean over images is more than its standard error."""
-    return bool(gain.mean() > gain.std() / np.sqrt(len(gain)))
 
 
 def _core(candidates: Iterable[Candidate]) -> dict[str, Candidate]:

@@ -19,8 +19,9 @@ other data were looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ from blackbox_vlm.observe.candidates import (
     weighted_sum,
 )
 from blackbox_vlm.observe.ensemble import Ensemble, Member, ensemble_logits, flatten
-from blackbox_vlm.observe.features import features, fit_map
+from blackbox_vlm.observe.features import FeatureMap, View, features, fit_map
 from blackbox_vlm.observe.heads import Floats, Labels, Seen, class_counts, logits
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.observe.pooling import scaled_loss
@@ -247,6 +248,11 @@ def judge(
     return Choice(chosen, accuracy, loss, out_of_fold, int(judged.sum()), calibration)
 
 
+def zero_shot_wins(accuracy: Mapping[str, float], log_loss: Mapping[str, float]) -> bool:
+    """Whether zero-shot is better than the heads in accuracy and in log loss."""
+    return accuracy[ZERO_SHOT] > accuracy[HEADS] and log_loss[ZERO_SHOT] < log_loss[HEADS]
+
+
 def expected_gain(gains: NDArray[np.float64], expected: float = GAIN) -> float:
     """The heads' gain over zero-shot in accuracy, from one per image held out: -1, 0 or 1.
 
@@ -268,13 +274,16 @@ def _deploy(support: Support, weights: Weights, choice: Choice) -> Ensemble:
 def _fit(support: Support, weights: Weights) -> Ensemble:
     """The candidates with a weight, fitted to all images."""
     observation, labels = support.observation, support.labels[support.owners]
-    views = dict.fromkeys(c.view for c in weights)
-    maps = {view: fit_map(observation.answers, view) for view in views}
-    members = []
-    for candidate, weight in weights.items():
-        projected = maps[candidate.view]
+    zero_shot, members = observation.zero_shot, []
+
+    @cache
+    def learned(view: View) -> tuple[FeatureMap, Seen]:
+        projected = fit_map(observation.answers, view)
         known = features(projected, observation.answers)
-        seen = Seen(known, observation.zero_shot, support.views)
+        return projected, Seen(known, zero_shot, support.views)
+
+    for candidate, weight in weights.items():
         if weight > 0:
+            projected, seen = learned(candidate.view)
             members.append(Member(projected, candidate.fit(seen, labels), weight))
     return Ensemble(observation.readout, tuple(members), prior=0.0, temperature=1.0)

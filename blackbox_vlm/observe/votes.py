@@ -32,14 +32,14 @@ from blackbox_vlm.errors import InputError
 from blackbox_vlm.observe import naive_bayes
 from blackbox_vlm.observe.ballots import label_confidence, question_columns, vote_readout
 from blackbox_vlm.observe.calibration import calibrate, log_loss
-from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT, Choice
+from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT, Choice, zero_shot_wins
 from blackbox_vlm.observe.ensemble import Ensemble, Member, flatten
 from blackbox_vlm.observe.features import FeatureMap
 from blackbox_vlm.observe.heads import Doubles, Floats, Labels, Seen, as_float32, class_counts
 from blackbox_vlm.observe.naive_bayes import evidence, weight
 from blackbox_vlm.observe.observation import Observation
 from blackbox_vlm.observe.pooling import scaled_loss
-from blackbox_vlm.scores import predicted
+from blackbox_vlm.scores import accuracy_of
 
 MOST_QUESTIONS = 5  # for a prediction
 FOLDS = 5
@@ -161,10 +161,9 @@ def _judge(
     """Whether the evidence or the bare label is deployed; figures for every number of questions."""
     shown = {ZERO_SHOT: zero_shot, HEADS: pools[enough - 1]}
     all_shown = {**shown, **{f"{n} questions": p for n, p in enumerate(pools, 1)}}
-    accuracy = {n: float((predicted(v) == labels).mean()) for n, v in all_shown.items()}
+    accuracy = {n: accuracy_of(v, labels) for n, v in all_shown.items()}
     loss = {name: scaled_loss(values, labels) for name, values in all_shown.items()}
-    worse = accuracy[ZERO_SHOT] > accuracy[HEADS] and loss[ZERO_SHOT] < loss[HEADS]
-    chosen = ZERO_SHOT if worse else HEADS
+    chosen = ZERO_SHOT if zero_shot_wins(accuracy, loss) else HEADS
     calibration = calibrate(shown[chosen], labels, seed=seed)
     return Choice(chosen, accuracy, loss, shown, len(labels), calibration)
 

@@ -18,7 +18,7 @@ from blackbox_vlm.observe.calibration import calibrate
 from blackbox_vlm.observe.choose import ZERO_SHOT, Choice
 from blackbox_vlm.observe.pooling import scaled_loss
 from blackbox_vlm.prompts.mixture import fit_mixture, mix
-from blackbox_vlm.scores import predicted
+from blackbox_vlm.scores import clearly_positive, predicted
 
 BEST, MIXTURE = "text prompt", "text prompts"
 FOLDS = 4
@@ -86,20 +86,15 @@ def _unfitted(
 
 
 def _judge(shown: Mapping[str, Floats], labels: Labels, seed: int, *, costly: bool) -> Choice:
-    accuracy = {name: float((predicted(v) == labels).mean()) for name, v in shown.items()}
+    right = {name: predicted(values) == labels for name, values in shown.items()}
+    accuracy = {name: float(images.mean()) for name, images in right.items()}
     loss = {name: scaled_loss(values, labels) for name, values in shown.items()}
     chosen = ZERO_SHOT
     for name in (BEST, MIXTURE):
-        rival = chosen if costly or chosen == ZERO_SHOT else None
-        if rival is None:
-            chosen = name if loss[name] < loss[chosen] else chosen
-        elif _clearly_better(shown[name], shown[rival], labels):
-            chosen = name
+        if chosen == BEST and not costly:
+            better = loss[name] < loss[chosen]
+        else:
+            better = clearly_positive(right[name].astype(np.float64) - right[chosen])
+        chosen = name if better else chosen
     calibration = calibrate(shown[chosen], labels, seed=seed)
     return Choice(chosen, accuracy, loss, dict(shown), len(labels), calibration)
-
-
-def _clearly_better(one: Floats, other: Floats, labels: Labels) -> bool:
-    """Whether the first is right more often, by more than the paired standard error."""
-    gain = (predicted(one) == labels).astype(np.float64) - (predicted(other) == labels)
-    return bool(gain.mean() > gain.std() / np.sqrt(len(gain)))
