@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from blackbox_vlm._version import __version__
+from blackbox_vlm.commands_audit import audit
 from blackbox_vlm.commands_probe import probe
 from blackbox_vlm.commands_serve import serve_blackbox
 from blackbox_vlm.commands_tune import demo, resume, tune
@@ -50,5 +51,5 @@ def main() -> None:
     """
 
 
-for _command in (tune, resume, evaluate, predict, inspect, probe, serve_blackbox, demo):
+for _command in (tune, resume, audit, evaluate, predict, inspect, probe, serve_blackbox, demo):
     main.add_command(_command)
