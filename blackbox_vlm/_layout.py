@@ -6,10 +6,8 @@ read outside the folder that was given, and every refusal names the path.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from blackbox_vlm import _classes
+from blackbox_vlm import _classes, _tables
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import (
     SUFFIXES,
@@ -35,19 +33,17 @@ _LISTED = 5  # broken files that an error names
 
 
 class Found(NamedTuple):
-    """Class names in label order, and the files below `root` with a label each (or no labels)."""
+    """Class names in label order, what the files call them, and the files below `root`.
+
+    Each file has a label, or none has one.
+    """
 
     names: list[str]
+    sources: list[str]
     template: str | None
     root: Path
     paths: list[Path]
     labels: list[int] | None
-
-
-class _Row(NamedTuple):
-    path: str
-    label: str
-    where: str
 
 
 def in_folder(
@@ -57,30 +53,60 @@ def in_folder(
     home = root.absolute()
     folder = _pick_split(home, split, labelled=labelled)
     beside = [home.parent] if home.name.lower() in _SPLITS else []
-    origin, meta = _classes.read_meta([home, *beside])
-    lines = meta.lines
-    if classes is not None:
-        origin, lines = quote(classes), _classes.read_classes(Path(classes))
+    origin, meta = _declared([home, *beside], classes)
     if not labelled:
-        return _unlabelled(folder, lines, meta.template, home)
+        return _unlabelled(meta, folder, home, find_images(folder))
     folders = _class_folders(folder)
     names = {name: _classes.spaced(name) for name in folders}
-    if lines is not None:
-        names = _classes.match(lines, folders, origin)
+    if meta.lines is not None:
+        names = _classes.match(meta.lines, folders, origin)
     paths = [find_images(folder / name) for name in names]
     labels = [label for label, files in enumerate(paths) for _ in files]
-    return Found(list(names.values()), meta.template, home, [*chain(*paths)], labels)
+    return Found([*names.values()], [*names], meta.template, home, [*chain(*paths)], labels)
 
 
-def _unlabelled(
-    folder: Path, lines: Sequence[_classes.Line] | None, template: str | None, home: Path
-) -> Found:
-    if lines is None:
+def _declared(
+    folders: Iterable[Path], classes: str | os.PathLike[str] | None
+) -> tuple[str, _classes.Meta]:
+    """Classes and template that a file declares, and how messages call the classes' file."""
+    origin, meta = _classes.read_meta(folders)
+    if classes is None:
+        return origin, meta
+    return quote(classes), meta._replace(lines=_classes.read_classes(Path(classes)))
+
+
+def _unlabelled(meta: _classes.Meta, where: Path, home: Path, paths: list[Path]) -> Found:
+    if meta.lines is None:
         raise InputError(
-            f"{quote(folder)} has no labels to read class names from; give a `classes` file with"
-            " one name per line"
+            f"{quote(where)} has no labels to read class names from; give a `classes` file with"
+            " one name per line (--classes FILE)"
         )
-    return Found([line.name for line in lines], template, home, find_images(folder), None)
+    names, sources = [line.name for line in meta.lines], [line.source for line in meta.lines]
+    return Found(names, sources, meta.template, home, paths, None)
+
+
+def without_labels(data: Path, classes: str | os.PathLike[str] | None, split: str) -> Found:
+    """What `Task.partly_labelled` describes, before a label is read."""
+    if not data.is_file():
+        return in_folder(data, classes, split, labelled=False)
+    table = data.absolute()
+    home = table.parent
+    _, meta = _declared([home], classes)
+    rows = _tables.read_rows(table, labelled=False)
+    return _unlabelled(meta, table, home, [_tables.path_below(home, row) for row in rows])
+
+
+def few_labels(table: Path, found: Found) -> list[_tables.Mark]:
+    """Labels of some of the files that were found, read from a table."""
+    index = _tables.name_index(found.names, found.sources)
+    return _tables.read_marks(table, found.root, index, found.paths)
+
+
+def of_no_class(folder: Path, split: str) -> Found:
+    """All images of a folder or of one of its splits, whatever they show."""
+    home = folder.absolute()
+    paths = find_images(_pick_split(home, split, labelled=False))
+    return Found([], [], None, home, paths, None)
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -88,7 +114,8 @@ def _class_folders(folder: Path) -> list[str]:
     if not 2 <= len(folders) <= _classes.MAX_CLASSES:
         raise InputError(
             f"{quote(folder)} holds {len(folders)} class folders; wanted at least two and at most"
-            f" {_classes.MAX_CLASSES}, each with its images inside (or labelled=False)"
+            f" {_classes.MAX_CLASSES}, each with its images inside. To tune on images without"
+            " labels: --unlabeled --classes FILE (in Python: labelled=False, classes=FILE)"
         )
     _classes.check_distinct(folders, f"class folders of {quote(folder)}:")
     return folders
@@ -141,65 +168,23 @@ def in_table(
     """What `Task.from_csv` describes, before a picture is opened."""
     table = path.absolute()
     home = table.parent if root is None else Path(root).absolute()
-    rows = list(_rows(table))
+    rows = list(_tables.read_rows(table))
     if classes is None:
         labels = sorted({row.label for row in rows})
         lines = tuple(_classes.Line(label, _classes.spaced(label)) for label in labels)
     else:
         lines = _classes.read_classes(Path(classes))
-    _classes.check_distinct([line.source for line in lines], "labels")
-    index = {_classes.fold(line.source): label for label, line in enumerate(lines)}
+    sources = [line.source for line in lines]
+    _classes.check_distinct(sources, "labels")
+    index = {_classes.fold(source): label for label, source in enumerate(sources)}
     return Found(
         [line.name for line in lines],
+        sources,
         None,
         home,
-        [_below(home, row) for row in rows],
-        [_label(index, row) for row in rows],
+        [_tables.path_below(home, row) for row in rows],
+        [_tables.label_of(index, row) for row in rows],
     )
-
-
-def _rows(table: Path) -> Iterator[_Row]:
-    """Rows of the table. Raises InputError with the line's number where it is malformed."""
-    reader = csv.DictReader(io.StringIO(_classes.read_text(table), newline=""), strict=True)
-    try:
-        header = list(reader.fieldnames or ())
-        if not {"path", "label"} <= set(header):
-            raise InputError(
-                f"{quote(table)} begins with {quote(','.join(header))}; wanted a first line"
-                " `path,label`"
-            )
-        for fields in reader:
-            where = f"{quote(table)} line {reader.line_num}"
-            path, label = fields["path"], (fields["label"] or "").strip()
-            if None in fields or not path or not label:
-                raise InputError(f"{where} does not fit the header; wanted a path and a label")
-            yield _Row(path, label, where)
-    except csv.Error as error:
-        raise InputError(
-            f"{quote(table)} is not valid CSV at or after line {reader.line_num} ({error}); repair"
-            " it"
-        ) from None
-
-
-def _below(home: Path, row: _Row) -> Path:
-    """The row's file. Links are resolved later, by `check_images`."""
-    path = Path(os.path.normpath(home / row.path))
-    if not path.is_relative_to(os.path.normpath(home)):
-        raise InputError(
-            f"{row.where}: {quote(row.path)} lies outside {quote(home)}; give the folder that"
-            " holds all images as `root`"
-        )
-    return path
-
-
-def _label(index: Mapping[str, int], row: _Row) -> int:
-    label = index.get(_classes.fold(row.label))
-    if label is None:
-        raise InputError(
-            f"{row.where}: the label {quote(row.label)} is none of the {len(index)} classes;"
-            " correct it or add the class"
-        )
-    return label
 
 
 def readable(
@@ -216,7 +201,7 @@ def readable(
     skipped = tuple(result for result in results if isinstance(result, BrokenFile))
     if strict and skipped:
         raise InputError(
-            f"{len(skipped)} of {len(results)} files cannot be used: {_some(skipped)}; repair or"
+            f"{len(skipped)} of {len(results)} files cannot be used: {listed(skipped)}; repair or"
             " remove them, or load without strict"
         )
     kept = [(i, result) for i, result in enumerate(results) if isinstance(result, Image)]
@@ -255,7 +240,7 @@ def _check_none_empty(
     n_images: int,
     skipped: Sequence[BrokenFile],
 ) -> None:
-    broken = f"; could not use {_some(skipped)}" if skipped else ""
+    broken = f"; could not use {listed(skipped)}" if skipped else ""
     if labels is None:
         if not n_images:
             raise InputError(f"no readable image below {quote(found.root)}{broken}; add images")
@@ -269,6 +254,7 @@ def _check_none_empty(
         )
 
 
-def _some(skipped: Sequence[BrokenFile]) -> str:
+def listed(skipped: Sequence[BrokenFile]) -> str:
+    """The first few broken files, with their reasons."""
     more = f" and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
     return ", ".join(map(str, skipped[:_LISTED])) + more

@@ -10,7 +10,17 @@ import click
 
 PATH = click.Path(path_type=Path)
 # plan.Method; importing that would take numpy with it
-METHODS = ["observe", "gaussian", "prototypes", "linear", "kernel", "refine", "craft", "prompts"]
+METHODS = [
+    "observe",
+    "gaussian",
+    "prototypes",
+    "linear",
+    "kernel",
+    "refine",
+    "craft",
+    "prompts",
+    "coft",
+]
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -26,6 +36,28 @@ data_options = _together(
     click.option("--classes", type=PATH, help="File with a class per line: `folder,class name`."),
     click.option("--template", help='Text around the class name, e.g. "a photo of a {}.".'),
     click.option("--strict", is_flag=True, help="Refuse broken images instead of skipping them."),
+)
+pool_options = _together(
+    click.option(
+        "--unlabeled",
+        is_flag=True,
+        help="DATA has no labels: every image in it, at any depth, or every `path` of the CSV "
+        "file. Needs --classes.",
+    ),
+    click.option(
+        "--labels",
+        type=PATH,
+        help="With --unlabeled, CSV with the columns path and label: labels of some of the images.",
+    ),
+    click.option(
+        "--pool", type=PATH, help="Folder of images without labels, beside the labelled DATA."
+    ),
+    click.option(
+        "--audit",
+        type=click.IntRange(min=1),
+        metavar="K",
+        help="K images drawn for you to label at the end, to measure what was gained.",
+    ),
 )
 cost_option = click.option(
     "--max-cost", type=click.FloatRange(min=0), help="USD that may be spent."

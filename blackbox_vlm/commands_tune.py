@@ -16,6 +16,7 @@ from blackbox_vlm.cli_options import (
     json_option,
     lost_option,
     method_options,
+    pool_options,
     proposer_options,
 )
 from blackbox_vlm.console import (
@@ -30,6 +31,7 @@ from blackbox_vlm.console import (
 
 if TYPE_CHECKING:
     from blackbox_vlm.backend import Backend
+    from blackbox_vlm.images import Image
     from blackbox_vlm.ledger import Lost
     from blackbox_vlm.result import TuneResult
     from blackbox_vlm.settings import Settings
@@ -46,11 +48,14 @@ if TYPE_CHECKING:
 @proposer_options
 @lost_option
 @data_options
+@pool_options
 @backend_options
 @json_option
 def tune(
     data: Path,
     classes: Path | None,
+    labels: Path | None,
+    pool: Path | None,
     out: Path | None,
     dry_run: bool,
     on_lost: Lost | None,
@@ -66,20 +71,23 @@ def tune(
     """Tune a black box on the images in DATA.
 
     DATA is a folder with one sub-folder per class (or with train/ and test/ holding them), or a
-    CSV file with the columns path and label.
+    CSV file with the columns path and label. With --unlabeled it is any folder of images, or a
+    CSV file with a column path.
     """
     from blackbox_vlm.settings import Settings, is_endpoint_file
 
     settings = Settings(
         data=str(data.absolute()),
-        classes=None if classes is None else str(classes.absolute()),
+        classes=_absolute(classes),
+        labels=_absolute(labels),
+        pool=_absolute(pool),
         on_lost=on_lost or "stop",
         backend=str(Path(backend).absolute()) if is_endpoint_file(backend) else backend,
         model=model and _absolute_if_there(model),
         pretrained=pretrained and _absolute_if_there(pretrained),
         local_encoder=local_encoder and _absolute_if_there(local_encoder),
-        descriptions=None if descriptions is None else str(descriptions.absolute()),
-        propose_with=None if propose_with is None else str(propose_with.absolute()),
+        descriptions=_absolute(descriptions),
+        propose_with=_absolute(propose_with),
         **options,
     )
     if dry_run:
@@ -158,13 +166,13 @@ def _run(settings: Settings, out: Path, *, resume: bool, **limits: Any) -> TuneR
 
     if not resume:
         RunDirectory(out).check_free()  # before the data is read and the model loaded
-    task = settings.load_task()
+    task, pool = settings.load()
     for broken in task.skipped[:20]:
         say(f"Skipped {broken}")
     if len(task.skipped) > 20:
         say(f"... and {len(task.skipped) - 20} more; --strict refuses them")
     with settings.opened() as backend:
-        return _tune(settings, task, backend, out, resume=resume, **limits)
+        return _tune(settings, task, backend, out, resume=resume, pool=pool, **limits)
 
 
 def _tune(
@@ -197,7 +205,7 @@ def _tune(
 def _show_plan(settings: Settings, *, as_json: bool) -> None:
     from blackbox_vlm.tuning import dry_run
 
-    task = settings.load_task()
+    task, pool = settings.load()
     with settings.opened() as backend, settings.open_writer() as writer:
         plan = dry_run(
             task,
@@ -205,6 +213,7 @@ def _show_plan(settings: Settings, *, as_json: bool) -> None:
             settings.options,
             writer=writer.capabilities if writer else None,
             backend=backend,
+            pool=pool,
         )
     if as_json:
         steps = [dataclasses.asdict(step) for step in plan.steps]
@@ -238,20 +247,50 @@ def _show_result(result: TuneResult, *, as_json: bool) -> None:
         print_json(dataclasses.asdict(result))
         return
     print_table(
-        f"{result.n_images} training images, strategy {result.strategy}",
+        f"{result.n_images} labelled images, strategy {result.strategy}",
         [
-            ("zero-shot accuracy", percent(result.zero_shot_accuracy)),
-            ("tuned accuracy (out-of-fold)", percent(result.tuned_accuracy)),
+            *_accuracies(result),
             ("queries spent", f"{result.queries_spent} of {result.budget}"),
             ("queries per prediction", f"{result.queries_per_image}"),
             *_bill(result),
             *_calibration(result),
+            *_unlabelled(result),
             ("adapter", result.adapter),
         ],
     )
     click.echo(result.reason)
     if result.stopped:
         click.echo(result.stopped)
+    if result.audit:
+        click.echo(
+            f"To measure, write a class name beside every path in {result.audit}, then: "
+            f"blackbox-vlm audit {Path(result.audit).parent}"
+        )
+
+
+def _accuracies(result: TuneResult) -> list[tuple[str, str]]:
+    """Where no image is labelled, there is none."""
+    if result.zero_shot_accuracy is None:
+        return []
+    return [
+        ("zero-shot accuracy", percent(result.zero_shot_accuracy)),
+        ("tuned accuracy (out-of-fold)", percent(result.tuned_accuracy)),
+    ]
+
+
+def _unlabelled(result: TuneResult) -> list[tuple[str, str]]:
+    """What can be said without labels, by its name."""
+    said = result.unlabelled
+    if said is None:
+        return []
+    return [
+        ("images without labels", str(said.n_images)),
+        ("two models agree on", percent(said.agreement)),
+        ("pseudo-labels kept", percent(said.coverage)),
+        ("mean cleanliness (no accuracy)", percent(said.cleanliness)),
+        ("mean confidence (no accuracy)", percent(said.confidence)),
+        ("predictions as zero-shot's", percent(said.agreement_with_zero_shot)),
+    ]
 
 
 def _bill(result: TuneResult) -> list[tuple[str, str]]:
@@ -273,7 +312,8 @@ def _calibration(result: TuneResult) -> list[tuple[str, str]]:
 def _default_run(data: Path, settings: Settings) -> Path:
     where = data.absolute()
     name = where.parent.name if where.name == "train" else where.stem
-    return Path("runs") / f"{name}-{_how(settings)}-{settings.seed}"
+    beside = "-unlabeled" if settings.unlabeled else "-pool" if settings.pool else ""
+    return Path("runs") / f"{name}{beside}-{_how(settings)}-{settings.seed}"
 
 
 def _how(settings: Settings) -> str:
@@ -283,6 +323,10 @@ def _how(settings: Settings) -> str:
     if settings.backend != "local":
         return Path(settings.backend).stem
     return settings.access or "soft"
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
 
 
 def _absolute_if_there(name: str) -> str:

@@ -33,7 +33,7 @@ class Deployment:
         strategy: its name.
         question, ensemble: what an adapter asks, and how it reads the answers.
         zero_shot: reads the endpoint's own logits off them; None where they must be asked for.
-        zero_shot_accuracy: the endpoint's own, on the training images.
+        zero_shot_accuracy: the endpoint's own, on the labelled images; None where there is none.
         accuracy, log_loss: out-of-fold, of every strategy; empty where nothing could be judged.
         reason: one line for people.
         calibration: of what is deployed; None where nothing could be judged.
@@ -47,7 +47,7 @@ class Deployment:
     question: Question
     ensemble: Ensemble
     zero_shot: Floats | None
-    zero_shot_accuracy: float
+    zero_shot_accuracy: float | None
     accuracy: Mapping[str, float]
     log_loss: Mapping[str, float]
     reason: str
@@ -74,7 +74,7 @@ def of_heads(
         question = Question(tuple(question.lists[q] for q in chosen.kept))
         zero_shot = zero_shot[question_columns(sizes, chosen.kept)]
     else:
-        ensemble, choice = _choose(observed, task.labels, method, seed)
+        ensemble, choice = choose_heads(observed, task.labels, method, seed)
     if choice.chosen == ZERO_SHOT:
         question, zero_shot = _as_it_is(observed, task.classes, access)
         ensemble = plain_ensemble(zero_shot)._replace(temperature=ensemble.temperature)
@@ -93,7 +93,7 @@ def of_heads(
     return deployment, choice.out_of_fold[choice.chosen if choice.accuracy else ZERO_SHOT]
 
 
-def _choose(
+def choose_heads(
     observed: Observed, labels: NDArray[np.int64], method: Method, seed: int
 ) -> tuple[Ensemble, Choice]:
     """The heads on answers in the metric, brought back to the answers as they are."""

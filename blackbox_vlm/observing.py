@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from blackbox_vlm.backend import Access, Request
 from blackbox_vlm.background import background_images
-from blackbox_vlm.local_encoder import LocalEncoder, with_vectors
+from blackbox_vlm.local_encoder import LocalEncoder, join_vectors, with_vectors
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Floats, Logits, Question, ask, text_readouts
 from blackbox_vlm.observe.bank import Pruning, prune, reduced
@@ -31,6 +31,7 @@ class Observed(NamedTuple):
         observation: of the images, followed by their augmented views; its readout is the prior
             that the heads start from.
         owners: which image a row of it shows, `(n_rows,)` int64.
+        pool: answers about the images without labels, `(m, K)`.
         readout: reads the endpoint's own prediction, under the task's own template.
         metric: under which the answers spread evenly; None: they are taken as they are.
         pruned: what leaving out texts for predictions cost; None where all are kept.
@@ -42,6 +43,7 @@ class Observed(NamedTuple):
     question: Question
     observation: Observation
     owners: NDArray[np.int64]
+    pool: Floats
     readout: Floats
     n_answers: int
     noise: float | None
@@ -51,9 +53,22 @@ class Observed(NamedTuple):
 
     @property
     def plain(self) -> Logits:
-        """The endpoint's zero-shot logits of the images, `(n_images, n_classes)`."""
-        n_images = int(self.owners.max()) + 1
-        return centred(self.observation.answers[:n_images] @ self.readout)
+        """The endpoint's zero-shot logits of the labelled images, `(n_images, n_classes)`."""
+        return centred(self.answers @ self.readout)
+
+    @property
+    def answers(self) -> Floats:
+        """Answers about the labelled images, `(n_images, K)`, without their views."""
+        return self.observation.answers[: len(np.unique(self.owners))]
+
+    def of(self, images: NDArray[np.bool_]) -> Observed:
+        """The same pass as if only these labelled images `(n_images,)` had been in it."""
+        rows, observation = images[self.owners], self.observation
+        owners = (np.cumsum(images) - 1)[self.owners[rows]]
+        prior = self.prior and self.prior.among(images)
+        if prior is not None:
+            observation = observation._replace(readout=prior.learned(np.ones(images.sum(), bool)))
+        return self._replace(observation=observation.of(rows), owners=owners, prior=prior)
 
 
 async def observe(
@@ -63,26 +78,36 @@ async def observe(
 
     Args:
         meter: of the run.
-        task: labelled images.
+        task: labelled images; there may be none where the plan has a pool.
         plan: made for them.
         seed: of the folds that judge text prompts.
         encoder: whose vectors describe the images, where the user allows one.
     """
     assert plan.question is not None
-    answers = await ask(meter, plan.question, task.images, task.classes, "observe")
-    asked = plan.question.requests(task.images, task.classes, meter.capabilities.access)
+    whole = (*task.images, *plan.pool)
+    answers = await ask(meter, plan.question, whole, task.classes, "observe")
+    answers, pool = answers[: len(task)], answers[len(task) :]
+    asked = plan.question.requests(whole, task.classes, meter.capabilities.access)
     noise = await measured_noise(meter, asked[0])
     readouts = await _readouts(meter, task, plan)
     prior = _prior(answers, readouts, task, seed)
-    readout = prior.learned(np.ones(len(task), dtype=bool)) if prior else readouts[0]
+    readout = prior.learned(np.ones(len(task), dtype=bool)) if prior else readouts.mean(axis=0)
     shown = task.images
     if plan.views:
         shown = view_images(task.images, plan.views)
         views = await ask(meter, plan.question, shown, task.classes, "views")
         answers, shown = np.concatenate([answers, views]), (*task.images, *shown)
     owners = np.tile(np.arange(len(task)), 1 + plan.views)
-    observation, n_answers = Observation(answers, readout), answers.shape[1]
-    seen = Observed(plan.question, observation, owners, readouts[0], n_answers, noise, prior=prior)
+    seen = Observed(
+        plan.question,
+        Observation(answers, readout),
+        owners,
+        pool,
+        readouts[0],
+        n_answers=answers.shape[1],
+        noise=noise,
+        prior=prior,
+    )
     if plan.prune_to is not None:
         assert task.labels is not None
         seen = _pruned(seen, task.labels, plan, seed)
@@ -94,12 +119,14 @@ async def observe(
         seen = seen._replace(metric=_measured(shapes))
     if encoder is None:
         return seen
-    return _with_student(seen, await encoder.vectors(shown))
+    return _with_student(seen, await encoder.vectors((*shown, *plan.pool)))
 
 
 def _with_student(seen: Observed, vectors: Floats) -> Observed:
     """The same pass, with an encoder's vectors after the answers; no readout reads them."""
-    student = with_vectors(seen.observation, vectors)
+    n_rows = len(seen.owners)
+    student = with_vectors(seen.observation, vectors[:n_rows])
+    pool = join_vectors(seen.pool, vectors[n_rows:])
 
     def longer(readout: Floats) -> Floats:
         return np.pad(readout, ((0, vectors.shape[1]), (0, 0)))
@@ -108,7 +135,7 @@ def _with_student(seen: Observed, vectors: Floats) -> Observed:
     if prior is not None:
         learned = prior.learned
         prior = Prior(longer(prior.own), lambda images: longer(learned(images)))
-    return seen._replace(observation=student, readout=longer(seen.readout), prior=prior)
+    return seen._replace(observation=student, pool=pool, readout=longer(seen.readout), prior=prior)
 
 
 def _measured(shapes: Floats) -> Metric | None:
@@ -146,8 +173,8 @@ async def _readouts(meter: Meter, task: Task, plan: Plan) -> Floats:
 
 
 def _prior(answers: Floats, readouts: Floats, task: Task, seed: int) -> Prior | None:
-    """The own template's readout, or a mixture that is better; None where there is no other."""
-    if len(readouts) == 1:
+    """The own template's readout, or a mixture that is better; None where nothing can tell."""
+    if len(readouts) == 1 or not len(task):
         return None
     assert task.labels is not None  # make_plan has refused unlabelled tasks
     labels, logits = task.labels, np.stack([centred(answers @ readout) for readout in readouts])

@@ -13,6 +13,7 @@ from enum import StrEnum
 from blackbox_vlm.backend import Capabilities, Request
 from blackbox_vlm.batching import distinct, split
 from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import Image
 from blackbox_vlm.observations import Floats, Question
 from blackbox_vlm.prompts.templates import Prompt
 from blackbox_vlm.racing import RacePlan
@@ -32,11 +33,12 @@ class Method(StrEnum):
     REFINE = "refine"  # CraFT's refiner alone, on the plain predictions
     CRAFT = "craft"  # soft prompts and refiner, trained together
     PROMPTS = "prompts"  # text prompts alone, found by a race
+    COFT = "coft"  # the heads, then pseudo-labels of images without labels
 
     @property
     def heads(self) -> tuple[str, ...] | None:
         """The heads that may be deployed; None: all of them."""
-        if self is Method.OBSERVE:
+        if self in (Method.OBSERVE, Method.COFT):
             return None
         return ("refiner",) if self is Method.REFINE else (self.value,)
 
@@ -80,7 +82,8 @@ class Plan:
             it must be asked for first.
         prune_to: texts that stay for predictions, where more are asked about while tuning.
         background: whether drawings of nothing in particular are asked about as well.
-        views: augmented views of every image that are asked about as well.
+        views: augmented views of every labelled image that are asked about as well.
+        pool: images without labels that are asked about, after those of the task.
         templates: text prompts whose vectors are asked for, the task's own first.
         prompts: text prompts that enter a race, the task's own first.
         races: of text prompts; the second one tries what a language model proposes.
@@ -97,6 +100,7 @@ class Plan:
     prune_to: int | None = None
     background: bool = False
     views: int = 0
+    pool: tuple[Image, ...] = ()
     templates: tuple[str, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     races: tuple[RacePlan, ...] = ()

@@ -75,29 +75,35 @@ def make_plan(
     if task.labels is None:
         raise InputError(
             "tuning learns from labelled images, and these have no labels; "
-            "give class folders or a CSV with labels"
+            "give class folders, a CSV with labels, or a pool"
         )
     published = capabilities.soft_prompts is not None and not recipe.folds
     if method is Method.CRAFT or (method is None and published):
         return plan_craft(task, capabilities, recipe, budget, seed)
     wanted = method or Method.OBSERVE
-    plan = _plan_observation(task, capabilities, budget, wanted, student, usable)
+    plan = plan_observation(task, capabilities, budget, wanted, (), student, usable)
     if method is None and capabilities.soft_prompts is not None:
         return _with_craft(plan, task, capabilities, recipe, seed)
-    return _with_rest(plan)
+    return with_rest(plan)
 
 
-def _plan_observation(
+def plan_observation(
     task: Task,
     capabilities: Capabilities,
     budget: int,
     method: Method,
+    pool: tuple[Image, ...],
     student: bool,
     usable: Usable,
 ) -> Plan:
-    """One pass over the images, and the texts' vectors where vectors are what is had."""
+    """One pass over the images, and the texts' vectors where vectors are what is had.
+
+    Raises:
+        InputError: the budget does not pay for it.
+    """
     question, readout = _question(task, capabilities, budget, method, student)
-    requests = question.requests(task.images, task.classes, capabilities.access)
+    shown = (*task.images, *pool)
+    requests = question.requests(shown, task.classes, capabilities.access)
     why = _why(question, capabilities)
     steps = [make_step("observe", requests, capabilities, why)]
     steps += canary_steps(capabilities, requests[0])
@@ -107,10 +113,10 @@ def _plan_observation(
         most = min(steps[0].queries, left)
         templates, step = _text_step(task, capabilities, most, usable)
         steps.append(step)
-    plan = Plan(method, budget, tuple(steps), question, readout, templates=templates)
+    plan = Plan(method, budget, tuple(steps), question, readout, pool=pool, templates=templates)
     if plan.queries > budget:
-        raise InputError(_too_small(task, plan))
-    if not student:  # whose own vectors tell more than any text
+        raise InputError(_too_small(len(shown), plan))
+    if not student and not pool:  # whose own vectors tell more than any text
         plan = _with_wide_bank(plan, task, capabilities)
     plan = replace(plan, queries_per_image=_per_image(plan, task, capabilities))
     return _with_background(_with_views(plan, task, capabilities), task, capabilities)
@@ -191,7 +197,8 @@ def _per_image(plan: Plan, task: Task, capabilities: Capabilities) -> int:
     """What a prediction takes at most: of the texts and questions, only some stay."""
     assert plan.question is not None
     lists = tuple(texts[: plan.prune_to] for texts in plan.question.lists[:MOST_QUESTIONS])
-    return Question(lists).queries(task.images[:1], task.classes, capabilities)
+    shown = (*task.images, *plan.pool)[:1]
+    return Question(lists).queries(shown, task.classes, capabilities)
 
 
 def _with_background(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:
@@ -214,7 +221,7 @@ def _with_views(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:
     assert plan.question is not None
     if plan.method is Method.REFINE or capabilities.access is Access.LABEL:
         return plan
-    if _images_per_class(task) > FEW:
+    if not 0 < _images_per_class(task) <= FEW:
         return plan
     images = view_images(task.images, VIEWS)
     requests = plan.question.requests(images, task.classes, capabilities.access)
@@ -226,10 +233,10 @@ def _with_views(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:
 
 
 def _images_per_class(task: Task) -> float:
-    """The median class."""
-    assert task.labels is not None  # make_plan has refused unlabelled tasks
+    """The median class that has any; 0 where none has."""
+    assert task.labels is not None  # tuning.parted has made a pool of images without labels
     counts = np.bincount(task.labels)
-    return float(np.median(counts[counts > 0]))
+    return float(np.median(counts[counts > 0])) if len(task) else 0.0
 
 
 def view_images(images: tuple[Image, ...], views: int) -> tuple[Image, ...]:
@@ -244,17 +251,17 @@ def _with_craft(
     left = plan.budget - plan.queries
     if _images_per_class(task) < 2:
         note = "CraFT is left out: with an image per class, nothing can be judged out-of-fold"
-        return _with_rest(replace(plan, notes=(*plan.notes, note)))
+        return with_rest(replace(plan, notes=(*plan.notes, note)))
     searched = search_steps(task, capabilities, recipe, left, seed)
     if searched is None:
         note = f"CraFT is left out: {left} queries hold no whole generation for each search"
-        return _with_rest(replace(plan, notes=(*plan.notes, note)))
+        return with_rest(replace(plan, notes=(*plan.notes, note)))
     stages, steps = searched
     note = "CraFT stops as soon as the heads turn out to be better out-of-fold"
     return replace(plan, steps=(*plan.steps, *steps), stages=stages, notes=(*plan.notes, note))
 
 
-def _with_rest(plan: Plan) -> Plan:
+def with_rest(plan: Plan) -> Plan:
     """Say that more queries would not pay."""
     left = plan.budget - plan.queries
     if not left:
@@ -263,8 +270,8 @@ def _with_rest(plan: Plan) -> Plan:
     return replace(plan, notes=(*plan.notes, note))
 
 
-def _too_small(task: Task, plan: Plan) -> str:
+def _too_small(n_images: int, plan: Plan) -> str:
     return (
-        f"one pass over {len(task)} images takes {plan.queries} queries at this endpoint and "
-        f"the budget is {plan.budget}; give --budget {plan.queries} or fewer --shots"
+        f"one pass over {n_images} images takes {plan.queries} queries at this endpoint and "
+        f"the budget is {plan.budget}; give --budget {plan.queries} or fewer images (--shots)"
     )

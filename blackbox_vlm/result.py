@@ -7,7 +7,9 @@ from pathlib import Path
 
 from blackbox_vlm._version import __version__
 from blackbox_vlm.adapter import Adapter
+from blackbox_vlm.audit_report import AuditReport
 from blackbox_vlm.backend import Capabilities
+from blackbox_vlm.collaboration import Unlabelled
 from blackbox_vlm.craft.recipes import recipe_named
 from blackbox_vlm.deployment import Deployment
 from blackbox_vlm.ledger import Ledger, Totals
@@ -20,7 +22,7 @@ class TuneResult:
     """What a run came to. Accuracies are fractions, on the training images.
 
     Attributes:
-        zero_shot_accuracy: of the endpoint's own predictions.
+        zero_shot_accuracy: of the endpoint's own predictions; None where no image is labelled.
         tuned_accuracy: out-of-fold, of the strategy that was chosen; None without a guard.
         strategy: what the adapter deploys.
         queries_spent: of `budget`; `queries_planned` of them were foreseen.
@@ -31,7 +33,10 @@ class TuneResult:
             where nothing could be judged.
         cost_usd: None where the endpoint declares no price.
         noise: the largest difference between two answers to one question; None if not asked.
+        unlabelled: what can be said of the images without labels; None where there were none.
+        audit: the table of images to label, for `blackbox-vlm audit`; None if none was asked for.
         adapter: its folder.
+        audited: what the audit found, where a callable gave the labels.
     """
 
     budget: int
@@ -44,7 +49,7 @@ class TuneResult:
     seed: int
     strategy: str
     reason: str
-    zero_shot_accuracy: float
+    zero_shot_accuracy: float | None
     tuned_accuracy: float | None
     noise: float | None
     spent_by_purpose: dict[str, int]
@@ -54,7 +59,10 @@ class TuneResult:
     calibration: dict[str, float] | None
     n_images: int
     n_classes: int
+    unlabelled: Unlabelled | None
+    audit: str | None
     adapter: str
+    audited: AuditReport | None = None
 
 
 def result_of(
@@ -67,6 +75,8 @@ def result_of(
     *,
     adapter: Path,
     queries_per_image: int,
+    unlabelled: Unlabelled | None,
+    audit: Path | None,
 ) -> TuneResult:
     """The result of a run whose adapter is in a folder, and costs so much per prediction."""
     totals = ledger.totals()
@@ -91,6 +101,8 @@ def result_of(
         calibration=asdict(deployed.calibration) if deployed.calibration else None,
         n_images=len(task),
         n_classes=len(task.class_names),
+        unlabelled=unlabelled,
+        audit=None if audit is None else str(audit),
         adapter=str(adapter),
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 from blackbox_vlm.backend import Access, Backend, open_backend
 from blackbox_vlm.endpoint import SUFFIX, closing, open_endpoint
 from blackbox_vlm.errors import InputError
-from blackbox_vlm.images import SUFFIXES, quote
+from blackbox_vlm.images import SUFFIXES, Image, quote
 from blackbox_vlm.ledger import Lost
 from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.task import Task
@@ -37,6 +37,10 @@ class Settings:
     classes: str | None = None
     template: str | None = None
     strict: bool = False
+    unlabeled: bool = False  # no sub-folder, and no column of `data`, is a label
+    labels: str | None = None  # a table of labels of some of the images, where `unlabeled`
+    pool: str | None = None  # a folder of further images without labels, where not
+    audit: int | None = None  # images to draw for people to label at the end
     backend: str = "local"  # an installed backend, or the absolute path of an endpoint file
     model: str | None = None
     pretrained: str | None = None
@@ -76,8 +80,15 @@ class Settings:
             **{name: getattr(self, name) for name in names}, descriptions=descriptions or None
         )
 
-    def load_task(self) -> Task:
-        """The training images, sampled."""
+    def load(self) -> tuple[Task, tuple[Image, ...]]:
+        """The labelled training images, sampled, and those without a label.
+
+        Raises:
+            InputError: the options contradict each other, or the data is not what is wanted.
+        """
+        self._check_data()
+        if self.unlabeled:
+            return self._load_unlabeled()
         task = load_task(
             Path(self.data),
             classes=self.classes,
@@ -85,7 +96,41 @@ class Settings:
             strict=self.strict,
             split="train",
         )
-        return task if self.shots is None else task.sample(self.shots, self.seed)
+        if self.shots is not None:
+            task = task.sample(self.shots, self.seed)
+        return (task, ()) if self.pool is None else task.with_pool(self.pool, strict=self.strict)
+
+    def _load_unlabeled(self) -> tuple[Task, tuple[Image, ...]]:
+        _refuse_picture(Path(self.data))
+        return Task.partly_labelled(
+            self.data,
+            classes=self.classes,
+            labels=self.labels,
+            template=self.template,
+            strict=self.strict,
+        )
+
+    def load_task(self) -> Task:
+        """The labelled training images, sampled."""
+        return self.load()[0]
+
+    def _check_data(self) -> None:
+        """Refuse options that would be ignored."""
+        if self.unlabeled and self.pool is not None:
+            raise InputError(
+                "--unlabeled and --pool exclude each other; give --unlabeled where DATA has no "
+                "labels (--labels FILE for some of its images), --pool where it has class folders"
+            )
+        if self.unlabeled and self.shots is not None:
+            raise InputError(
+                "--shots samples labelled images, and with --unlabeled there is nothing to sample "
+                "from; leave it out: all of --labels are taken"
+            )
+        if self.labels is not None and not self.unlabeled:
+            raise InputError(
+                "--labels is for data without class folders; give --unlabeled with it, or leave it "
+                "out"
+            )
 
     def opened(self) -> AbstractContextManager[Backend]:
         """The endpoint, to be used in a `with`, which closes it."""
@@ -162,14 +207,18 @@ def load_task(
     data: Path, *, classes: str | None, template: str | None, strict: bool, split: str
 ) -> Task:
     """Read class folders, or a CSV file."""
+    _refuse_picture(data)
+    if data.is_file():
+        return Task.from_csv(data, classes=classes, template=template, strict=strict)
+    return Task.from_folder(data, classes=classes, template=template, split=split, strict=strict)
+
+
+def _refuse_picture(data: Path) -> None:
     if data.suffix.lower() in SUFFIXES and data.is_file():
         raise InputError(
             f"{quote(data)} is one image; wanted a folder with a sub-folder per class, or a CSV "
             "file with the columns path and label"
         )
-    if data.is_file():
-        return Task.from_csv(data, classes=classes, template=template, strict=strict)
-    return Task.from_folder(data, classes=classes, template=template, split=split, strict=strict)
 
 
 def read_descriptions(path: Path) -> dict[str, list[str]]:

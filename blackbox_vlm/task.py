@@ -2,6 +2,9 @@
 
     task = Task.from_folder("pets", split="train")   # pets/train/CLASS/*.jpg
     few = task.sample(shots=16, seed=0)              # 16 labelled images per class
+    pool = few.rest_of(task.images)                  # the others, as images without labels
+
+    few, pool = Task.partly_labelled("photos", classes="classes.txt", labels="few.csv")
 
 Building a task decodes every file once, so that what cannot be read is known before a query is
 spent. Such files are left out and listed in `Task.skipped`; `strict=True` makes them an error. So
@@ -15,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +26,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from blackbox_vlm import _classes, _layout
+from blackbox_vlm import _classes, _layout, _tables
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import BrokenFile, Image, quote
 
 __all__ = ["BrokenFile", "Classes", "Image", "Task"]
+
+MIN_IMAGES = 8  # to tune on without labels: four of each of two classes, to see what they share
 
 
 class Classes(NamedTuple):
@@ -121,6 +126,39 @@ class Task:
         return cls._checked(found, template, strict=strict)
 
     @classmethod
+    def partly_labelled(
+        cls,
+        data: str | os.PathLike[str],
+        *,
+        classes: str | os.PathLike[str] | None = None,
+        labels: str | os.PathLike[str] | None = None,
+        template: str | None = None,
+        split: str = "train",
+        strict: bool = False,
+    ) -> tuple[Task, tuple[Image, ...]]:
+        """The labelled images as a task, which may hold none, and the pool of all others.
+
+        `data` is a folder, read as by `from_folder(labelled=False)`, or a table with a column
+        `path`; a column `label` in it is not read. Labels come from `labels` alone, a UTF-8 table
+        with the columns `path`, relative to the folder or to the first table's folder, and
+        `label`: a class name, or the `folder` of a line `folder,class name`. A class may have no
+        label. A picture is taken once, however many files hold it.
+
+        Raises InputError: as `from_folder` and `from_csv`; with the line's number, a label is no
+        class, a path no usable image of `data`, or a picture has two labels; and as `check_pool`.
+        """
+        found = _layout.without_labels(Path(data), classes, split)
+        marks = [] if labels is None else _layout.few_labels(Path(labels), found)
+        bare = cls._checked(found, template, strict=strict)
+        known = _tables.by_content(marks, [*bare.images, *bare.skipped])
+        images = [image for image in _distinct(bare.images) if image.sha256 in known]
+        given = np.array([known[image.sha256] for image in images], np.int64)
+        task = replace(bare, images=tuple(images), labels=given)
+        pool = task.rest_of(bare.images)
+        check_pool(task, pool)
+        return task, pool
+
+    @classmethod
     def _checked(cls, found: _layout.Found, template: str | None, *, strict: bool) -> Task:
         if template is None:
             template = found.template or _classes.DEFAULT_TEMPLATE
@@ -179,6 +217,28 @@ class Task:
         labels = None if self.labels is None else self.labels[at]
         return replace(self, images=tuple(self.images[i] for i in at), labels=labels)
 
+    def with_pool(
+        self, folder: str | os.PathLike[str], *, split: str = "train", strict: bool = False
+    ) -> tuple[Task, tuple[Image, ...]]:
+        """This task, and a pool: the images below `folder` or `folder/SPLIT` that it does not hold.
+
+        Folders are read as by `from_folder(labelled=False)`, so that `few.with_pool(root)` gives
+        the rest of the data that `few` was sampled from. What cannot be used joins `skipped`.
+
+        Raises InputError: the folder cannot be read, or, if `strict`, a file cannot be used; and
+        as `check_pool`.
+        """
+        found = _layout.of_no_class(Path(folder), split)
+        images, _, skipped = _layout.readable(found, strict=strict)
+        task, pool = replace(self, skipped=(*self.skipped, *skipped)), self.rest_of(images)
+        check_pool(task, pool)
+        return task, pool
+
+    def rest_of(self, images: Iterable[Image]) -> tuple[Image, ...]:
+        """Those of the images, by their bytes, that the task does not hold, each picture once."""
+        held = {image.sha256 for image in self.images}
+        return tuple(image for image in _distinct(images) if image.sha256 not in held)
+
     def unlabelled(self) -> Task:
         """The same task without its labels."""
         return replace(self, labels=None)
@@ -193,6 +253,39 @@ class Task:
         if self.labels is not None:
             digest.update(b"labels" + self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def check_pool(task: Task, pool: Sequence[Image]) -> None:
+    """Whether a task and the images beside it suffice to tune without further labels.
+
+    Raises InputError: the pool is empty, there are fewer than `MIN_IMAGES` in all, or more classes
+    than images.
+    """
+    n_images, n_classes = len(task) + len(pool), len(task.class_names)
+    broken = f"; could not use {_layout.listed(task.skipped)}" if task.skipped else ""
+    if n_images < MIN_IMAGES:
+        raise InputError(
+            f"got {n_images} different images, labelled or not; wanted at least {MIN_IMAGES}: add"
+            f" images{broken}"
+        )
+    if n_images < n_classes:
+        raise InputError(
+            f"got more classes than images, {n_classes} and {n_images}; add images, or remove"
+            f" classes that none of them shows{broken}"
+        )
+    if not pool:
+        raise InputError(
+            f"all {n_images} images are labelled, and the pool holds no other; add images without"
+            " labels, take fewer shots, or tune on the labels alone"
+        )
+
+
+def _distinct(images: Iterable[Image]) -> list[Image]:
+    """The first image of every content, in order."""
+    first: dict[str, Image] = {}
+    for image in images:
+        first.setdefault(image.sha256, image)
+    return [*first.values()]
 
 
 def _draw(indices: dict[str, int], shots: int, seed: list[int]) -> list[int]:

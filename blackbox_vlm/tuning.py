@@ -4,148 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from blackbox_vlm._version import __version__
+from blackbox_vlm.audit import TABLE_FILE, Audit, Labeller, ask, prepare
 from blackbox_vlm.backend import Access, Backend, Capabilities, check_texts
 from blackbox_vlm.beside import Beside
+from blackbox_vlm.coft.settings import CoftSettings
+from blackbox_vlm.collaboration import COFT, Collaborated, collaborate
 from blackbox_vlm.craft.guard import Verdict
 from blackbox_vlm.craft.recipes import recipe_named
 from blackbox_vlm.deployment import Deployment, of_craft, of_heads
 from blackbox_vlm.errors import InputError
-from blackbox_vlm.ledger import Ledger, Lost, Totals
-from blackbox_vlm.local_encoder import open_local, parse_spec
+from blackbox_vlm.images import Image
+from blackbox_vlm.ledger import Ledger, Totals
+from blackbox_vlm.local_encoder import open_local
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
 from blackbox_vlm.observe.choose import HEADS
 from blackbox_vlm.observing import measured_noise, observe
-from blackbox_vlm.plan import Method, Plan, check_max_cost
-from blackbox_vlm.plan_prompts import plan_prompts
-from blackbox_vlm.planner import make_plan
+from blackbox_vlm.plan import Plan, check_max_cost
+from blackbox_vlm.planning import Options, affordable, dry_run, fitting, parted
 from blackbox_vlm.prompting import tune_prompts
 from blackbox_vlm.prompts.templates import prompts
-from blackbox_vlm.racing import Usable, usable
 from blackbox_vlm.result import TuneResult, adapter_of, result_of
 from blackbox_vlm.run_directory import RunDirectory
 from blackbox_vlm.running import run_sync
 from blackbox_vlm.search import CraftRun, Progress, Searched
 from blackbox_vlm.task import Task
 
+__all__ = ["Options", "TuneResult", "dry_run", "tune"]
+
 PLANNED = "planned"  # the checkpoint that keeps what budget a run was planned for
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is asked to do, apart from its data and its endpoint.
-
-    Attributes:
-        budget: queries that may be spent.
-        method: one of `plan.Method`; None plans what pays best for the endpoint and the budget.
-        recipe: the settings of CraFT, by name.
-        seed: of everything random.
-        max_cost: USD that may be spent.
-        on_lost: what to do about a query whose answer was lost: "stop", or "resend" and pay again.
-        local_encoder: a local model whose vectors describe the images beside the endpoint's
-            answers, see `local_encoder.open_local_encoder`; for method "prompts", the surrogate
-            whose soft prompts propose words.
-        descriptions: texts for every class, by class name, which method "prompts" tries too.
-    """
-
-    budget: int
-    method: str | None = None
-    recipe: str = "craft"
-    seed: int = 0
-    max_cost: float | None = None
-    on_lost: Lost = "stop"
-    local_encoder: str | None = None
-    descriptions: Mapping[str, Sequence[str]] | None = None
-
-
-def dry_run(
-    task: Task,
-    capabilities: Capabilities,
-    options: Options,
-    *,
-    writer: Capabilities | None = None,
-    backend: Backend | None = None,
-) -> Plan:
-    """What `tune` would ask and what that would cost. Spends nothing.
-
-    Args:
-        task: labelled images.
-        capabilities: of the endpoint.
-        options: the budget, and how to spend it.
-        writer: of the language model that proposes text prompts, if there is one.
-        backend: the endpoint, which may know that a text prompt does not fit its model, and sends
-            nothing; None: all of them may.
-
-    Raises:
-        InputError: the data, the access level or the budget does not allow it.
-    """
-    made = _affordable(task, capabilities, options, writer, backend)
-    return replace(made, budget=options.budget)
-
-
-def _affordable(
-    task: Task,
-    capabilities: Capabilities,
-    options: Options,
-    writer: Capabilities | None,
-    backend: Backend | None,
-) -> Plan:
-    """The plan, for as much of the budget as the limit on money pays for."""
-    _check_options(options)
-    for endpoint in (capabilities, *([writer] if writer else [])):
-        check_max_cost(options.max_cost, endpoint)
-    method, limit = _method(options.method), options.max_cost
-    _check_proposers(options, method, writer)
-    planned = partial(_plan, task, capabilities, options, method, writer, _usable(backend, task))
-    made = planned(options.budget)
-    while limit is not None and made.usd is not None and made.usd > limit:
-        affordable = min(int(made.queries * limit / made.usd), made.queries - 1)
-        try:
-            made = planned(affordable)
-        except InputError:
-            raise InputError(
-                f"the plan costs {made.usd:g} USD and the limit is {limit:g}; "
-                "give fewer --shots, or a higher --max-cost"
-            ) from None
-    return made
-
-
-def _plan(
-    task: Task,
-    capabilities: Capabilities,
-    options: Options,
-    method: Method | None,
-    writer: Capabilities | None,
-    fitting: Usable,
-    budget: int,
-) -> Plan:
-    """The plan for a budget, which is the options' unless a limit on money holds less."""
-    if method is Method.PROMPTS:
-        return plan_prompts(
-            task,
-            capabilities,
-            budget,
-            options.seed,
-            descriptions=options.descriptions,
-            writer=writer,
-            usable=fitting,
-        )
-    return make_plan(
-        task,
-        capabilities,
-        recipe_named(options.recipe),
-        budget=budget,
-        method=method,
-        seed=options.seed,
-        student=options.local_encoder is not None,
-        usable=fitting,
-    )
 
 
 def tune(
@@ -154,6 +47,8 @@ def tune(
     out: Path | str,
     options: Options,
     *,
+    pool: Sequence[Image] = (),
+    label: Labeller | None = None,
     writer: Backend | None = None,
     resume: bool = False,
     budget: int | None = None,
@@ -167,10 +62,14 @@ def tune(
     """Tune `backend` on `task` and leave an adapter under `out`.
 
     Args:
-        task: labelled images; sample them first if only a few per class are meant.
+        task: labelled images; sample them first if only a few per class are meant. If it has no
+            labels, its images join the pool.
         backend: the endpoint.
         out: the run's folder; it must not hold a run yet unless `resume`.
         options: the budget, and how to spend it.
+        pool: images without labels; those that the task holds, by their bytes, are left out.
+        label: labels the images of an audit, `options.audit` of them, once the adapter is saved;
+            None: people do, in the table that the result names.
         writer: a language model that proposes text prompts for method "prompts"; its queries are
             counted like all others.
         resume: go on with the run in `out`, or find it finished; nothing settled is paid again.
@@ -194,13 +93,15 @@ def tune(
     check_max_cost(max_cost, backend.capabilities)
     planned = _planned(run) if resume else None
     asked = options if planned is None else replace(options, budget=planned, max_cost=None)
-    made = _affordable(task, backend.capabilities, asked, written_by, backend)
+    task, pool = parted(task, pool)
+    made = affordable(task, pool, backend.capabilities, asked, written_by, backend)
+    _check_label(label, options)
     _check_texts(backend, task, options.descriptions)
     with ExitStack() as stack:
         model = _local_model(options, made, stack)  # or its refusal would leave a folder behind
         _claim(run, stack, description or {}, resume=resume)
         ledger = stack.enter_context(_account(run.ledger, options, budget, max_cost))
-        ledger.bind(_fingerprint(task, backend.capabilities, options, made, written_by))
+        ledger.bind(_fingerprint(task, pool, backend.capabilities, options, made, written_by))
         ledger.checkpoint(PLANNED, str(made.budget).encode())
         run.mark_started()
         on_plan(replace(made, budget=ledger.totals().budget))
@@ -217,7 +118,8 @@ def tune(
         )
         local = Beside(model, options.descriptions, run, stack, writers)
         work = _tune(task, made, backend, options, meter, ledger, local, on_progress)
-        deployed = run_sync(work)
+        deployed, collaborated = run_sync(work)
+        audit = _audit(made, collaborated, task, options, run)
         how = (made, options.recipe, options.seed, deployed)
         adapter = adapter_of(task, backend.capabilities, *how, ledger.totals())
         result = result_of(
@@ -226,10 +128,39 @@ def tune(
             ledger,
             adapter=run.adapter,
             queries_per_image=adapter.queries(1, backend.capabilities),
+            unlabelled=collaborated and collaborated.unlabelled,
+            audit=run.path / TABLE_FILE if audit else None,
         )
         adapter.save_pretrained(run.adapter)
         run.write_result(asdict(result))
+        if audit is not None and label is not None:
+            result = replace(result, audited=ask(label, audit))
+            run.write_result(asdict(result))
     return result
+
+
+def _audit(
+    made: Plan, found: Collaborated | None, task: Task, options: Options, run: RunDirectory
+) -> Audit | None:
+    """Draw the images of an audit, and keep what was predicted for them."""
+    if options.audit is None or found is None:
+        return None
+    return prepare(
+        made.pool,
+        found.zero_shot,
+        found.tuned,
+        task.class_names,
+        count=options.audit,
+        seed=options.seed,
+        folder=run.path,
+    )
+
+
+def _check_label(label: Labeller | None, options: Options) -> None:
+    if label is not None and options.audit is None:
+        raise InputError(
+            "there is a `label` and no audit; give Options(audit=K), K images to label"
+        )
 
 
 def _local_model(options: Options, made: Plan, stack: ExitStack) -> Backend | None:
@@ -285,12 +216,12 @@ async def _tune(
     ledger: Ledger,
     local: Beside,
     on_progress: Callable[[Progress], None],
-) -> Deployment:
-    """Perform the plan: observe, let the heads compete, let CraFT try to beat them."""
+) -> tuple[Deployment, Collaborated | None]:
+    """Perform the plan: observe, let the heads compete, let CraFT or CoFT try to beat them."""
     recipe = recipe_named(options.recipe)
     if made.races:
-        proposers = local.proposers()._replace(usable=_usable(backend, task))
-        return await tune_prompts(meter, task, made, options.seed, proposers)
+        proposers = local.proposers()._replace(usable=fitting(backend, task))
+        return await tune_prompts(meter, task, made, options.seed, proposers), None
 
     async def craft(plain: Logits, rival: Logits | None = None) -> Searched | Verdict:
         run = CraftRun(task, made, recipe, options.seed, meter, ledger, on_progress)
@@ -302,20 +233,30 @@ async def _tune(
         noise = await measured_noise(meter, asked[0])
         searched = await craft(plain)
         assert isinstance(searched, Searched)  # it stops early only for a rival
-        return of_craft(searched, recipe.name, plain, task, noise)
+        return of_craft(searched, recipe.name, plain, task, noise), None
     encoder = local.encoder()
     observed = await observe(meter, task, made, options.seed, encoder)
-    access = meter.capabilities.access
+    access, student = meter.capabilities.access, None
+    if encoder is not None and options.local_encoder:
+        student = (options.local_encoder, encoder.identity)
+    if made.pool:
+        found = collaborate(observed, task, access, CoftSettings(), options.seed)
+        return _beside(found.deployment, student), found
     heads, rival = of_heads(observed, task, made.method, access, options.seed)
-    if encoder is not None and options.local_encoder and heads.strategy == HEADS:
-        heads = replace(heads, local_encoder=(options.local_encoder, encoder.identity))
+    heads = _beside(heads, student)
     if not made.stages:
-        return heads
+        return heads, None
     outcome = await craft(observed.plain, rival)
     if isinstance(outcome, Searched):
         craft_won = of_craft(outcome, recipe.name, observed.plain, task, observed.noise)
-        return replace(craft_won, accuracy={**heads.accuracy, **craft_won.accuracy})
-    return _without_craft(heads, outcome)
+        return replace(craft_won, accuracy={**heads.accuracy, **craft_won.accuracy}), None
+    return _without_craft(heads, outcome), None
+
+
+def _beside(deployed: Deployment, student: tuple[str, str] | None) -> Deployment:
+    """What is deployed reads the local model's vectors, unless it is the endpoint as it is."""
+    asks = deployed.strategy in (HEADS, COFT)
+    return replace(deployed, local_encoder=student) if asks else deployed
 
 
 def _without_craft(heads: Deployment, verdict: Verdict) -> Deployment:
@@ -331,6 +272,7 @@ def _without_craft(heads: Deployment, verdict: Verdict) -> Deployment:
 
 def _fingerprint(
     task: Task,
+    pool: tuple[Image, ...],
     capabilities: Capabilities,
     options: Options,
     made: Plan,
@@ -355,16 +297,11 @@ def _fingerprint(
         "classes": list(task.class_names),
         "template": task.template,
         "data": task.fingerprint(),
+        "pool": sha256("".join(image.sha256 for image in pool).encode()).hexdigest(),
+        "audit": options.audit,
         "model": declared.pop("model_id"),
         "endpoint": declared,
     }
-
-
-def _usable(backend: Backend | None, task: Task) -> Usable:
-    """Leaves out templates whose texts a backend knows not to fit; the first stays."""
-    if backend is None:
-        return tuple
-    return lambda templates: usable(backend, templates, task.class_names)
 
 
 def _check_texts(
@@ -374,36 +311,3 @@ def _check_texts(
     check_texts(backend, task.template, task.class_names)
     for described in prompts(task.class_names, [], descriptions):
         check_texts(backend, "{}", described.texts)
-
-
-def _check_options(options: Options) -> None:
-    if not 1 <= options.budget < 2**63:
-        raise InputError(f"the budget is {options.budget} queries; give at least 1, below 2**63")
-    if not 0 <= options.seed < 2**63:
-        raise InputError(f"the seed is {options.seed}; wanted 0 to 2**63 - 1")
-    if options.on_lost not in ("stop", "resend"):
-        raise InputError(f"unknown on_lost {options.on_lost!r}; wanted stop or resend")
-
-
-def _method(name: str | None) -> Method | None:
-    try:
-        return None if name is None else Method(name)
-    except ValueError:
-        known = ", ".join(Method)
-        raise InputError(f"unknown method {name!r}; wanted one of {known}") from None
-
-
-def _check_proposers(options: Options, method: Method | None, writer: Capabilities | None) -> None:
-    """Refuse proposals that nobody would try."""
-    if options.local_encoder is not None:
-        parse_spec(options.local_encoder)
-    if method is Method.CRAFT and options.local_encoder is not None:
-        raise InputError(
-            "a local encoder is no part of CraFT; leave --local-encoder or --method out"
-        )
-    if method is not Method.PROMPTS and (writer is not None or options.descriptions):
-        what = "a language model" if writer is not None else "descriptions"
-        raise InputError(
-            f"{what} can help method 'prompts', and the method is "
-            f"{method.value if method else 'left to the plan'}; give --method prompts"
-        )

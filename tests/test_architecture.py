@@ -14,13 +14,13 @@ import blackbox_vlm
 
 PACKAGE = Path(blackbox_vlm.__file__).parent
 BACKENDS = Path(blackbox_vlm.backends.__file__).parent
-FOLDERS = ("craft", "observe", "prompts", "testing", "testing/matrix")  # rooms of several modules
+FOLDERS = ("craft", "observe", "prompts", "coft", "whitebox", "testing", "testing/matrix")  # rooms of several modules
 REPOSITORY = Path(__file__).parent.parent
 
 # Rooms from the ground up; a module imports only from lower rooms or its own.
 LAYERS = [
     {"_version", "errors", "_files"},
-    {"images", "_classes", "_layout", "augment", "background", "running", "demo"},
+    {"images", "_classes", "_tables", "_layout", "augment", "background", "running", "demo"},
     {"secret"},
     {"task", "backend"},
     {"scores", "contract", "pacing"},
@@ -30,15 +30,19 @@ LAYERS = [
     {"meter"},
     {"craft"},
     {"observe"},
-    {"prompts"},
+    {"prompts", "coft", "audit_report", "_audit_table"},
+    {"audit", "whitebox"},
     {"observations"},
     {"racing", "local_encoder"},
     {"plan"},
     {"plan_craft"},
     {"plan_prompts"},
     {"planner"},
+    {"plan_coft"},
+    {"planning"},
     {"search", "observing", "proposing"},
     {"deployment", "progress", "_adapter_file"},
+    {"collaboration"},
     {"prompting", "adapter"},
     {"run_directory", "evaluation", "result"},
     {"beside"},
@@ -47,7 +51,7 @@ LAYERS = [
     {"settings", "witness"},
     {"probe"},
     {"console", "cli_options"},
-    {"commands_tune", "commands_use", "commands_probe", "commands_serve"},
+    {"commands_tune", "commands_use", "commands_probe", "commands_serve", "commands_audit"},
     {"cli"},
     {"__main__", "__init__", "testing"},
 ]
@@ -86,7 +90,7 @@ def test_imports_go_one_way(path: Path) -> None:
     higher = {r for r in rooms_used(path) if r != here and LEVEL[r] > LEVEL[here]}
     sideways = {r for r in rooms_used(path) if r != here and LEVEL[r] == LEVEL[here]}
     assert not higher, f"{here} reaches up to {higher}"
-    allowed = [{"_classes", "_layout", "augment", "background", "images"}]
+    allowed = [{"_classes", "_tables", "_layout", "augment", "background", "images"}]
     assert not sideways or any({here, *sideways} <= group for group in allowed), sideways
 
 
@@ -104,7 +108,7 @@ FORBIDDEN_IN_METHODS = {
 
 
 METHODS = [
-    path for room in ("craft", "observe", "prompts") for path in (PACKAGE / room).glob("*.py")
+    path for room in ("craft", "observe", "prompts", "coft") for path in (PACKAGE / room).glob("*.py")
 ]
 
 

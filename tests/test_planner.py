@@ -226,6 +226,10 @@ def test_a_method_is_what_it_says(access: Access, method: Method) -> None:
         with pytest.raises(InputError, match="takes soft prompts"):
             plan_of(access, method=method.value)
         return
+    if method is Method.COFT:
+        with pytest.raises(InputError, match="images without labels, and there are none"):
+            plan_of(access, method=method.value)
+        return
     plan = plan_of(access, method=method.value)
     assert plan.method is method
     if method is Method.PROMPTS:

@@ -390,9 +390,10 @@ def test_what_cannot_be_done_is_said_before_a_query_is_spent(
     assert not (tmp_path / "run").exists()
 
 
-def test_unlabelled_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no labels"):
-        tune(make_task().unlabelled(), soft_world(), tmp_path / "run", options())
+def test_a_method_that_needs_labels_refuses_images_without(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="labelled images alone"):
+        tune(make_task().unlabelled(), soft_world(), tmp_path / "run", options(method="craft"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_result_says_what_was_chosen_and_why(tmp_path: Path) -> None:

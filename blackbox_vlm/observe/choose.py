@@ -65,6 +65,16 @@ class Prior(NamedTuple):
     own: Floats
     learned: Callable[[NDArray[np.bool_]], Floats]
 
+    def among(self, images: NDArray[np.bool_]) -> Prior:
+        """The same for these images alone; masks are then over them."""
+
+        def learned(chosen: NDArray[np.bool_]) -> Floats:
+            mask = images.copy()
+            mask[images] = chosen
+            return self.learned(mask)
+
+        return Prior(self.own, learned)
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -125,7 +135,7 @@ def choose(
     _check(observation, labels, owners)
     support = Support(observation, labels, owners, prior)
     candidates = candidates_of(only)
-    folds = _folds(labels, seed)
+    folds = folds_of(labels, seed)
     if folds is None:
         ensemble = _fit(support, fixed_weights(candidates))
         zero_shot = {ZERO_SHOT: support.zero_shot}
@@ -183,7 +193,7 @@ def _check(observation: Observation, labels: Labels, owners: NDArray[np.int64]) 
         raise InputError(f"wanted labels from 0 to {observation.n_classes - 1}, one per image")
 
 
-def _folds(labels: Labels, seed: int) -> NDArray[np.int64] | None:
+def folds_of(labels: Labels, seed: int) -> NDArray[np.int64] | None:
     """The fold of every image; None where most have no other image of their class."""
     counts = np.bincount(labels)
     if 2 * counts[counts > 1].sum() <= len(labels):

@@ -1,0 +1,154 @@
+"""Tables of images and labels: CSV files that are not trusted, refused with the line's number."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from blackbox_vlm import _classes
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import BrokenFile, Image, quote
+
+
+class Row(NamedTuple):
+    """A line: an image's path, its label ("" where none was asked for), and where that stands."""
+
+    path: str
+    label: str
+    where: str
+
+
+class Mark(NamedTuple):
+    """A labelled file: its normalised absolute path, its label, and the line that says so."""
+
+    path: str
+    label: int
+    row: Row
+
+
+def read_rows(table: Path, *, labelled: bool = True) -> Iterator[Row]:
+    """Lines of a table with the columns `path` and, if `labelled`, `label`; others are ignored.
+
+    Raises InputError, with the line's number: the table is malformed.
+    """
+    columns = ("path", "label") if labelled else ("path",)
+    reader = csv.DictReader(io.StringIO(_classes.read_text(table), newline=""), strict=True)
+    try:
+        header = list(reader.fieldnames or ())
+        if not set(columns) <= set(header):
+            raise InputError(
+                f"{quote(table)} begins with {quote(','.join(header))}; wanted a first line"
+                f" `{','.join(columns)}`"
+            )
+        for fields in reader:
+            where = f"{quote(table)} line {reader.line_num}"
+            values = [(fields[column] or "").strip() for column in columns]
+            if None in fields or not all(values):
+                wanted = " and a ".join(columns)
+                raise InputError(f"{where} does not fit the header; wanted a {wanted}")
+            yield Row(fields["path"], values[1] if labelled else "", where)
+    except csv.Error as error:
+        raise InputError(
+            f"{quote(table)} is not valid CSV at or after line {reader.line_num} ({error}); repair"
+            " it"
+        ) from None
+
+
+def path_below(home: Path, row: Row) -> Path:
+    """The row's file, normalised. Links are resolved later, by `check_images`.
+
+    Raises InputError: it lies outside `home`.
+    """
+    path = Path(os.path.normpath(home / row.path))
+    if not path.is_relative_to(os.path.normpath(home)):
+        raise InputError(
+            f"{row.where}: {quote(row.path)} lies outside {quote(home)}; correct the path, or give"
+            " the folder that holds all images (in Python, `root`)"
+        )
+    return path
+
+
+def label_of(index: Mapping[str, int], row: Row) -> int:
+    """The row's label. Raises InputError: it is none of the classes."""
+    label = index.get(_classes.fold(row.label))
+    if label is None:
+        raise InputError(
+            f"{row.where}: the label {quote(row.label)} is none of the"
+            f" {len({*index.values()})} classes;"
+            " correct it or add the class"
+        )
+    return label
+
+
+def name_index(names: Sequence[str], sources: Sequence[str]) -> dict[str, int]:
+    """Label of everything that a class is called: its name, and its source (a folder's name).
+
+    Raises InputError: one word calls two classes.
+    """
+    index: dict[str, int] = {}
+    for words in (names, sources):
+        for label, word in enumerate(words):
+            if index.setdefault(_classes.fold(word), label) != label:
+                raise InputError(
+                    f"{quote(word)} calls two classes, as a name or as a folder, so that a label"
+                    " may mean either; rename one"
+                )
+    return index
+
+
+def read_marks(
+    table: Path, home: Path, index: Mapping[str, int], files: Iterable[Path]
+) -> list[Mark]:
+    """Labels of some of the files, before a picture is opened.
+
+    Args:
+        table: CSV with the columns `path`, relative to `home`, and `label`.
+        home: folder of the files.
+        index: what `name_index` makes.
+        files: all of them, absolute.
+
+    Raises InputError, with the line's number: the table is malformed or holds no line, a path is
+    none of the files, or a label no class.
+    """
+    data = {os.path.normpath(file) for file in files}
+    marks = []
+    for row in read_rows(table):
+        path = str(path_below(home, row))
+        if path not in data:
+            raise InputError(
+                f"{row.where}: {quote(row.path)} is no image of the data; wanted the path of one,"
+                f" relative to {quote(home)}"
+            )
+        marks.append(Mark(path, label_of(index, row), row))
+    if not marks:
+        raise InputError(
+            f"{quote(table)} labels no image; wanted at least one line below `path,label`, or no"
+            " such table"
+        )
+    return marks
+
+
+def by_content(marks: Iterable[Mark], results: Iterable[Image | BrokenFile]) -> dict[str, int]:
+    """Labels of pictures, by sha256.
+
+    Raises InputError, with the line's number: a labelled file cannot be used, or a picture, under
+    whatever path, has two labels.
+    """
+    checked = {os.path.normpath(result.path): result for result in results}
+    first: dict[str, Mark] = {}
+    for mark in marks:
+        result, row = checked[mark.path], mark.row
+        if isinstance(result, BrokenFile):
+            raise InputError(f"{row.where}: cannot use {result}; repair it or remove the line")
+        earlier = first.setdefault(result.sha256, mark)
+        if earlier.label != mark.label:
+            raise InputError(
+                f"{row.where}: {quote(row.path)} is labelled {quote(row.label)}, and the same"
+                f" picture {quote(earlier.row.label)} in {earlier.row.where}; remove the line that"
+                " is wrong"
+            )
+    return {sha256: mark.label for sha256, mark in first.items()}

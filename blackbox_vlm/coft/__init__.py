@@ -1,0 +1,1 @@
+"""CoFT and CoFT+: tuning without labels."""

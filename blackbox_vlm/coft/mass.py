@@ -1,0 +1,105 @@
+"""How many images of each class there are, and how far the classifier's own bias hides it.
+
+What a classifier says on average of unlabelled images mixes two things: the classes' shares, and
+the classifier's liking for some of them. For a zero-shot classifier the second is the larger. On
+the development sets (flower_photos5, clothing10, dtd10, rsscn7, pacs_sketch, flowers17,
+cifar10_human, tinyimagenet200; embedded model) the mean posterior of the likeliest class was 3 to
+52 times that of the least likely where all classes were equally frequent; on long-tailed pools
+(imbalance 20) it correlated with the shares by -0.3 to 0.2 (in logarithms). Hence:
+
+- **Without labels** the shares cannot be told from the bias, and nothing here pretends it: neither
+  expectation-maximization, nor clustering, nor the answers about drawings of no class separated
+  long-tailed from balanced pools (area under the curve 0.5 to 0.6). What pays is `evening`, which
+  takes all unevenness for bias: 29.1 to 34.3 % of images on balanced pools, 27.9 to 32.4 % on long
+  tails with a macro recall of 28.8 to 34.0 %; 29.5 to 27.1 % where three classes are present.
+- **With labels** the classifier refined on them has little bias: its mean posterior correlates with
+  the shares by 0.5, 0.8 and 0.9 at 1, 4 and 8 labelled images per class, and `long_tailed` tells.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blackbox_vlm.errors import InputError
+
+Doubles = NDArray[np.float64]
+
+UNEVEN = 0.4  # see `long_tailed`
+ROUNDS, TOLERANCE = 1_000, 1e-9
+
+
+def mean_posterior(probabilities: NDArray[Any]) -> Doubles:
+    """The classes' shares as the classifier has them, `(C,)`, from `(n, C)` probabilities.
+
+    It errs towards even shares, since a classifier in doubt spreads its probability.
+    """
+    _check(probabilities)
+    means: Doubles = probabilities.mean(axis=0, dtype=np.float64)
+    return means / means.sum()
+
+
+def prior_shift(probabilities: NDArray[Any], *, added: float = 1.0) -> Doubles:
+    """The classes' shares under which the probabilities are likeliest, `(C,)`.
+
+    Expectation-maximization of Saerens, Latinne, Decaestecker, "Adjusting the Outputs of a
+    Classifier to New a Priori Probabilities", Neural Computation 14, 2002, equation 2.9, for a
+    classifier that was learned with all classes equally frequent. Ours: `added` images of every
+    class, which keep a class from vanishing; 0 is the paper's.
+
+    It trusts the probabilities. A classifier that is biased or overconfident, as one of no or one
+    labelled image per class is, it carries to few classes: there `mean_posterior` is closer.
+    """
+    _check(probabilities)
+    n, n_classes = probabilities.shape
+    if added < 0:
+        raise InputError(f"added must not be negative, got {added}")
+    mass = np.full(n_classes, 1 / n_classes)
+    for _ in range(ROUNDS):
+        scale = probabilities @ mass
+        expected = mass * (probabilities / np.maximum(scale, 1e-300)[:, None]).sum(axis=0)
+        before, mass = mass, (expected + added) / (expected.sum() + added * n_classes)
+        if np.abs(mass - before).max() < TOLERANCE:
+            break
+    return mass
+
+
+def evening(logits: NDArray[Any]) -> Doubles:
+    """What makes the classes' mean logits equal when added to logits `(n, C)`, `(C,)`; its sum is 0.
+
+    Of several ways of evening out classes this one kept most where its assumption is wrong. To even
+    out mean posteriors to the last (Sinkhorn) brought 1.4 points more on balanced pools of the
+    development sets, lost 0.7 on long tails and 3.9 where three classes were present.
+    """
+    means = logits.mean(axis=0, dtype=np.float64)
+    offset: Doubles = means.mean() - means
+    return offset
+
+
+def unevenness(mass: Doubles) -> float:
+    """Standard deviation of the shares over their mean: 0 if even, sqrt(C - 1) if all is one."""
+    return float(mass.std() / mass.mean())
+
+
+def long_tailed(mass: Doubles, *, shots: float) -> bool | None:
+    """Whether the images are clearly of uneven classes.
+
+    With the mean posterior of what `observe.choose` made of 1, 4 and 8 labelled images per class,
+    no balanced pool of the development sets reached the threshold; of the long-tailed ones
+    (imbalance 20) 4, 8 and 9 of 10 did. At 2 images 1 of 6 balanced pools reached it.
+
+    Args:
+        mass: the shares, `mean_posterior` of a classifier that was refined on labelled images.
+        shots: how many labelled images per class that classifier has seen.
+
+    Returns:
+        None where it cannot be told: the classifier has seen less than one image per class.
+    """
+    return None if shots < 1 else unevenness(mass) > UNEVEN
+
+
+def _check(probabilities: NDArray[Any]) -> None:
+    if not probabilities.size:
+        raise InputError(f"wanted probabilities of at least one image, got {probabilities.shape}")

@@ -1,0 +1,104 @@
+"""The plan of a run that learns from images without labels, CoFT's: one pass over all of them.
+
+What the layer itself does is local and free (`coft/`). An unlabelled image is worth its query as
+long as the budget pays; where it does not pay for all, a random part is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+
+from blackbox_vlm.backend import Access, Capabilities
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import Image
+from blackbox_vlm.plan import Method, Plan
+from blackbox_vlm.planner import plan_observation, with_rest
+from blackbox_vlm.racing import Usable
+from blackbox_vlm.task import MIN_IMAGES, Task
+
+
+def plan_coft(
+    task: Task,
+    pool: tuple[Image, ...],
+    capabilities: Capabilities,
+    *,
+    budget: int,
+    method: Method | None,
+    seed: int,
+    student: bool = False,
+    usable: Usable = tuple,
+) -> Plan:
+    """Plan a pass over the labelled images and as many of the others as the budget pays for.
+
+    Args:
+        task: labelled images; there may be none.
+        pool: images without labels.
+        capabilities: of the endpoint.
+        budget: queries.
+        method: COFT, or None.
+        seed: of the part that is drawn.
+        student: whether a local encoder describes the images.
+        usable: leaves out templates that do not fit the model; the first stays.
+
+    Raises:
+        InputError: as `make_plan`; or there is no pool, or the access level says too little.
+    """
+    _check_pool_allowed(capabilities, method, pool, student)
+    few = sorted(range(len(pool)), key=lambda at: _drawn(pool[at], seed))
+
+    def first(size: int) -> Plan:
+        shown = tuple(pool[at] for at in sorted(few[:size]))
+        return plan_observation(task, capabilities, budget, Method.COFT, shown, student, usable)
+
+    least = max(len(task.class_names), MIN_IMAGES) - len(task)
+    fits = _most_that_fit(first, max(min(least, len(pool)), 1), len(pool))
+    plan = first(fits)
+    notes: tuple[str, ...] = ()
+    if fits < len(pool):
+        notes = (f"the budget pays for {fits} of {len(pool)} unlabelled images, drawn at random",)
+    if capabilities.soft_prompts is not None:
+        notes += ("CraFT is left out: the heads refine what the pseudo-labels start from",)
+    return with_rest(replace(plan, notes=(*plan.notes, *notes)))
+
+
+def _check_pool_allowed(
+    capabilities: Capabilities, method: Method | None, pool: tuple[Image, ...], student: bool
+) -> None:
+    if not pool:
+        raise InputError(
+            "method 'coft' learns from images without labels, and there are none; give some "
+            "(--unlabeled or --pool FOLDER; `pool=` in Python), or leave the method out"
+        )
+    if method not in (None, Method.COFT):
+        raise InputError(
+            f"method {method.value!r} learns from labelled images alone, and there is a pool of "
+            f"{len(pool)} without labels; leave the method or the pool out"
+        )
+    if capabilities.access is Access.LABEL and not student:
+        raise InputError(
+            "an endpoint that only names labels says too little of images without labels; give a "
+            "--local-encoder that describes them, or an access level with scores or vectors"
+        )
+
+
+def _drawn(image: Image, seed: int) -> bytes:
+    return sha256(f"{seed} {image.sha256}".encode()).digest()
+
+
+def _most_that_fit(make: Callable[[int], Plan], least: int, most: int) -> int:
+    """The largest size, by bisection, whose plan the budget pays for; `least` raises if none."""
+    try:
+        make(most)
+        return most
+    except InputError:
+        make(least)
+    while most - least > 1:
+        middle = (least + most) // 2
+        try:
+            make(middle)
+            least = middle
+        except InputError:
+            most = middle
+    return least

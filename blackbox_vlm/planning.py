@@ -1,0 +1,230 @@
+"""What a run is asked to do, and the plan that does it within its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from blackbox_vlm.audit import draw
+from blackbox_vlm.backend import Backend, Capabilities
+from blackbox_vlm.craft.recipes import recipe_named
+from blackbox_vlm.errors import InputError
+from blackbox_vlm.images import Image
+from blackbox_vlm.ledger import Lost
+from blackbox_vlm.local_encoder import parse_spec
+from blackbox_vlm.plan import Method, Plan, check_max_cost
+from blackbox_vlm.plan_coft import plan_coft
+from blackbox_vlm.plan_prompts import plan_prompts
+from blackbox_vlm.planner import make_plan
+from blackbox_vlm.racing import Usable, usable
+from blackbox_vlm.task import Task, check_pool
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked to do, apart from its data and its endpoint.
+
+    Attributes:
+        budget: queries that may be spent.
+        method: one of `plan.Method`; None plans what pays best for the endpoint and the budget.
+        recipe: the settings of CraFT, by name.
+        seed: of everything random.
+        max_cost: USD that may be spent.
+        on_lost: what to do about a query whose answer was lost: "stop", or "resend" and pay again.
+        local_encoder: a local model whose vectors describe the images beside the endpoint's
+            answers, see `local_encoder.open_local_encoder`; for method "prompts", the surrogate
+            whose soft prompts propose words.
+        descriptions: texts for every class, by class name, which method "prompts" tries too.
+        audit: images without labels to draw at the end, for people to label; None: none.
+    """
+
+    budget: int
+    method: str | None = None
+    recipe: str = "craft"
+    seed: int = 0
+    max_cost: float | None = None
+    on_lost: Lost = "stop"
+    local_encoder: str | None = None
+    descriptions: Mapping[str, Sequence[str]] | None = None
+    audit: int | None = None
+
+
+def dry_run(
+    task: Task,
+    capabilities: Capabilities,
+    options: Options,
+    *,
+    pool: Sequence[Image] = (),
+    writer: Capabilities | None = None,
+    backend: Backend | None = None,
+) -> Plan:
+    """What `tune` would ask and what that would cost. Spends nothing.
+
+    Args:
+        task: as for `tune`.
+        capabilities: of the endpoint.
+        options: the budget, and how to spend it.
+        pool: images without labels.
+        writer: of the language model that proposes text prompts, if there is one.
+        backend: the endpoint, which may know that a text prompt does not fit its model, and sends
+            nothing; None: all of them may.
+
+    Raises:
+        InputError: the data, the access level or the budget does not allow it.
+    """
+    made = affordable(*parted(task, pool), capabilities, options, writer, backend)
+    return replace(made, budget=options.budget)
+
+
+def parted(task: Task, pool: Sequence[Image]) -> tuple[Task, tuple[Image, ...]]:
+    """The labelled images, maybe none, and those without a label, each picture once.
+
+    Raises:
+        InputError: there are too few images, or more classes than images.
+    """
+    if task.labels is None:
+        pool = (*task.images, *pool)
+        task = replace(task, images=(), labels=np.zeros(0, dtype=np.int64))
+    if not pool:
+        return task, ()
+    rest = task.rest_of(pool)
+    check_pool(task, rest)
+    return task, rest
+
+
+def affordable(
+    task: Task,
+    pool: tuple[Image, ...],
+    capabilities: Capabilities,
+    options: Options,
+    writer: Capabilities | None,
+    backend: Backend | None,
+) -> Plan:
+    """The plan, for as much of the budget as the limit on money pays for.
+
+    Raises:
+        InputError: the data, an option, the access level or a limit does not allow it.
+    """
+    _check_options(options)
+    for endpoint in (capabilities, *([writer] if writer else [])):
+        check_max_cost(options.max_cost, endpoint)
+    method, limit = _method(options.method), options.max_cost
+    _check_proposers(options, method, writer)
+    planned = partial(
+        _plan, task, pool, capabilities, options, method, writer, fitting(backend, task)
+    )
+    made = planned(options.budget)
+    while limit is not None and made.usd is not None and made.usd > limit:
+        affordable = min(int(made.queries * limit / made.usd), made.queries - 1)
+        try:
+            made = planned(affordable)
+        except InputError:
+            raise InputError(
+                f"the plan costs {made.usd:g} USD and the limit is {limit:g}; "
+                "give fewer --shots, or a higher --max-cost"
+            ) from None
+    if options.audit is not None:
+        _check_audit(made, options.audit, options.seed)
+    return made
+
+
+def _plan(
+    task: Task,
+    pool: tuple[Image, ...],
+    capabilities: Capabilities,
+    options: Options,
+    method: Method | None,
+    writer: Capabilities | None,
+    fits: Usable,
+    budget: int,
+) -> Plan:
+    """The plan for a budget, which is the options' unless a limit on money holds less."""
+    if method is Method.PROMPTS:
+        if pool:
+            raise InputError(
+                "method 'prompts' learns from labelled images alone; leave the pool out"
+            )
+        return plan_prompts(
+            task,
+            capabilities,
+            budget,
+            options.seed,
+            descriptions=options.descriptions,
+            writer=writer,
+            usable=fits,
+        )
+    student = options.local_encoder is not None
+    if pool or method is Method.COFT:
+        return plan_coft(
+            task,
+            pool,
+            capabilities,
+            budget=budget,
+            method=method,
+            seed=options.seed,
+            student=student,
+            usable=fits,
+        )
+    return make_plan(
+        task,
+        capabilities,
+        recipe_named(options.recipe),
+        budget=budget,
+        method=method,
+        seed=options.seed,
+        student=student,
+        usable=fits,
+    )
+
+
+def fitting(backend: Backend | None, task: Task) -> Usable:
+    """Leaves out templates whose texts a backend knows not to fit; the first stays."""
+    if backend is None:
+        return tuple
+    return lambda templates: usable(backend, templates, task.class_names)
+
+
+def _check_options(options: Options) -> None:
+    if not 1 <= options.budget < 2**63:
+        raise InputError(f"the budget is {options.budget} queries; give at least 1, below 2**63")
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"the seed is {options.seed}; wanted 0 to 2**63 - 1")
+    if options.on_lost not in ("stop", "resend"):
+        raise InputError(f"unknown on_lost {options.on_lost!r}; wanted stop or resend")
+
+
+def _method(name: str | None) -> Method | None:
+    try:
+        return None if name is None else Method(name)
+    except ValueError:
+        known = ", ".join(Method)
+        raise InputError(f"unknown method {name!r}; wanted one of {known}") from None
+
+
+def _check_proposers(options: Options, method: Method | None, writer: Capabilities | None) -> None:
+    """Refuse proposals that nobody would try."""
+    if options.local_encoder is not None:
+        parse_spec(options.local_encoder)
+    if method is Method.CRAFT and options.local_encoder is not None:
+        raise InputError(
+            "a local encoder is no part of CraFT; leave --local-encoder or --method out"
+        )
+    if method is not Method.PROMPTS and (writer is not None or options.descriptions):
+        what = "a language model" if writer is not None else "descriptions"
+        raise InputError(
+            f"{what} can help method 'prompts', and the method is "
+            f"{method.value if method else 'left to the plan'}; give --method prompts"
+        )
+
+
+def _check_audit(made: Plan, count: int, seed: int) -> None:
+    """Refuse an audit that could not be drawn, before anything is spent."""
+    if not made.pool:
+        raise InputError(
+            f"an audit of {count} draws from images without labels, and there are none; "
+            "give some (--unlabeled or --pool), or leave --audit out: `evaluate` measures"
+        )
+    draw(made.pool, count, seed)
