@@ -20,6 +20,7 @@ METHODS = [
     "craft",
     "prompts",
     "coft",
+    "coft+",
 ]
 
 

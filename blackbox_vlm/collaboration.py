@@ -15,22 +15,24 @@ from numpy.typing import NDArray
 
 from blackbox_vlm.backend import NO_LABEL, Access
 from blackbox_vlm.coft.coft import Coft, Evidence, Views, coft, look
-from blackbox_vlm.coft.guard import expected_gain, objections
+from blackbox_vlm.coft.guard import expected_gain, objections, tempering
 from blackbox_vlm.coft.mass import evening
 from blackbox_vlm.coft.settings import CoftSettings
+from blackbox_vlm.coft.views import differences
 from blackbox_vlm.deployment import Deployment, choose_heads, of_heads, plain_ensemble
-from blackbox_vlm.observations import Logits
+from blackbox_vlm.observations import Floats, Logits
 from blackbox_vlm.observe.calibration import Calibration, calibrate, log_loss
 from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT, folds_of
 from blackbox_vlm.observe.ensemble import Ensemble, Member, ensemble_logits, flatten
-from blackbox_vlm.observe.features import FeatureMap, apply, before
+from blackbox_vlm.observe.features import FeatureMap, apply, before, fit_metric
 from blackbox_vlm.observe.heads import Labels, Linear, as_float32
 from blackbox_vlm.observing import Observed
 from blackbox_vlm.plan import Method
-from blackbox_vlm.scores import centred, predicted
+from blackbox_vlm.scores import accuracy_of, centred, predicted
 from blackbox_vlm.task import Task
 
-COFT = "coft"
+COFT, COFT_PLUS = "coft", "coft+"
+_TITLES = {COFT: "CoFT", COFT_PLUS: "CoFT+"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,13 @@ class Collaborated(NamedTuple):
 
 
 def collaborate(
-    observed: Observed, task: Task, access: Access, settings: CoftSettings, seed: int
+    observed: Observed,
+    task: Task,
+    access: Access,
+    seed: int,
+    *,
+    settings: CoftSettings | None = None,
+    plus: CoftSettings | None = None,
 ) -> Collaborated:
     """Refine, layer CoFT on it, and decide.
 
@@ -79,29 +87,44 @@ def collaborate(
         observed: a pass with a pool.
         task: its labelled images; there may be none.
         access: of the endpoint.
-        settings: of the layer.
         seed: of all that is random.
+        settings: of the layer; None: the defaults.
+        plus: of CoFT+, if it was asked for. It takes CoFT's place unless labels say that it is no
+            better.
     """
     assert task.labels is not None  # `parted` has made a pool of images without labels
-    layer, heads, out_of_fold = _Layer(observed, task.labels, access, settings, seed), None, None
+    asked = {COFT: settings or CoftSettings()} if plus is None else {COFT_PLUS: plus}
+    heads, out_of_fold = None, None
     if len(task):
         heads, out_of_fold = of_heads(observed, task, Method.COFT, access, seed)
+    judged = heads is not None and bool(heads.accuracy)
+    if judged:  # then the labels may say that CoFT+ is no better
+        asked = {COFT: settings or CoftSettings(), **asked}
+    layers = {n: _Layer(observed, task.labels, access, s, seed) for n, s in asked.items()}
+    name, verdict = next(iter(layers)), None
+    if judged and out_of_fold is not None:
+        shown = {name: layer.held_out() for name, layer in layers.items()}
+        right = {name: accuracy_of(logits, task.labels) for name, logits in shown.items()}
+        name = max(right, key=lambda one: right[one])  # at a tie, the first
+        verdict = _judged(name, out_of_fold, shown[name], task.labels, seed)
+    layer = layers[name]
     refined = layer.refined(heads)
     found = layer.learn(refined, out_of_fold)
-    verdict = _guarded(found.evidence)
-    if heads is not None and out_of_fold is not None and heads.accuracy:
-        verdict = _judged(out_of_fold, layer.held_out(), task.labels, seed)
+    verdict = verdict or _guarded(name, found.evidence)
     zero_shot = centred(observed.pool @ observed.readout)
     plain = heads or _zero_shot(observed)
-    refined = layer.layered(refined, found) if verdict.kept else layer.refined(heads)
-    tuned = ensemble_logits(refined, observed.pool) if verdict.kept or heads else zero_shot
+    deployed = _with_layer(plain, observed, layer.layered(refined, found), found, verdict)
+    tuned = zero_shot
+    if deployed.strategy != ZERO_SHOT:
+        tuned = ensemble_logits(deployed.ensemble, observed.pool)
     said = _said(found.evidence, verdict, zero_shot, tuned, task.class_names)
-    return Collaborated(_with_layer(plain, observed, refined, verdict), said, zero_shot, tuned)
+    return Collaborated(deployed, said, zero_shot, tuned)
 
 
 class _Verdict(NamedTuple):
-    """Whether the layer is deployed, why, and its out-of-fold figures where there are any."""
+    """Whether a layer is deployed, why, and its out-of-fold figures where there are any."""
 
+    name: str
     kept: bool
     why: str
     accuracy: float | None = None
@@ -122,25 +145,42 @@ class _Layer:
     ) -> None:
         self._observed, self._labels = observed, labels
         self._settings, self._seed = settings, seed
-        # Vectors, a local encoder's too, and scores in the metric have an even geometry.
+        self._views_asked = observed.pool_views if settings.contrast else observed.pool_views[:0]
+        # Vectors, a local encoder's too, and scores in a metric have an even geometry.
+        self._metrics = [] if observed.metric is None else [observed.metric]
+        if len(self._views_asked):
+            pictures = [
+                self._measured(pictures) for pictures in (observed.pool, *self._views_asked)
+            ]
+            self._metrics.append(fit_metric(differences(np.stack(pictures)), settings.view_ridge))
         longer = observed.n_answers < observed.pool.shape[1]
-        even = longer or access is Access.EMBEDDINGS or observed.metric is not None
+        even = longer or access is Access.EMBEDDINGS or bool(self._metrics)
         self._ridge = settings.ridge if even else settings.score_ridge
-        answers = np.concatenate([observed.answers, observed.pool])
-        if observed.metric is not None:
-            answers = apply(observed.metric, answers)
+        answers = self._measured(np.concatenate([observed.answers, observed.pool]))
         self._views = look(answers, settings.power if even else settings.score_power, seed)
+
+    def _measured(self, answers: Floats) -> Floats:
+        """Answers `(n, K)` in the metrics, one after the other."""
+        for metric in self._metrics:
+            answers = apply(metric, answers)
+        return answers
+
+    def _logits(self, refined: Ensemble) -> Logits:
+        """Of the pool, the mean over what was asked about an image: itself and its views."""
+        shown = (self._observed.pool, *self._views_asked)
+        return as_float32(np.mean([ensemble_logits(refined, answers) for answers in shown], axis=0))
 
     def refined(self, heads: Deployment | None) -> Ensemble:
         """What the pseudo-labels start from: the heads, or the endpoint's own answer, evened."""
         if heads is not None and heads.strategy == HEADS:
             return heads.ensemble
         readout = self._observed.observation.readout
-        offset = evening(centred(self._observed.pool @ readout))
+        plain = Ensemble(readout, (), prior=1.0, temperature=1.0)
+        offset = evening(self._logits(plain))
         n_answers, n_classes = readout.shape
         nothing = FeatureMap(as_float32(np.zeros(n_answers)), as_float32(np.zeros((n_answers, 0))))
         bias = Linear(as_float32(np.zeros((0, n_classes))), as_float32(offset), as_float32(0))
-        return Ensemble(readout, (Member(nothing, bias, 1.0),), prior=1.0, temperature=1.0)
+        return plain._replace(members=(Member(nothing, bias, 1.0),))
 
     def learn(
         self,
@@ -155,7 +195,7 @@ class _Layer:
         n = len(self._labels)
         kept = np.ones(n, dtype=bool) if kept is None else kept
         rows = np.concatenate([kept, np.ones(len(self._observed.pool), dtype=bool)])
-        logits = ensemble_logits(refined, self._observed.pool)
+        logits = self._logits(refined)
         if out_of_fold is not None:
             logits = np.concatenate([out_of_fold, logits])
         unknown = np.full(len(self._observed.pool), NO_LABEL)
@@ -169,8 +209,8 @@ class _Layer:
 
     def layered(self, refined: Ensemble, found: Coft) -> Ensemble:
         """The refined predictions and the student as one."""
-        metric, projected = self._observed.metric, self._views.map
-        if metric is not None:
+        projected = self._views.map
+        for metric in reversed(self._metrics):
             projected = before(metric, projected)
         share = 1 / refined.temperature
         members = [member._replace(weight=share * member.weight) for member in refined.members]
@@ -196,33 +236,40 @@ class _Layer:
         return shown
 
 
-def _guarded(evidence: Evidence) -> _Verdict:
+def _guarded(name: str, evidence: Evidence) -> _Verdict:
     """Without labels: nothing speaks against it, or something does."""
     against = objections(evidence)
     if against:
-        return _Verdict(False, f"left out, since {' and '.join(against)}")
-    return _Verdict(True, "no label says whether it helps, and no guard objects; --audit measures")
+        return _Verdict(name, False, f"left out, since {' and '.join(against)}")
+    return _Verdict(
+        name, True, "no label says whether it helps, and no guard objects; --audit measures"
+    )
 
 
-def _judged(before: Logits, after: Logits, labels: Labels, seed: int) -> _Verdict:
+def _judged(name: str, before: Logits, after: Logits, labels: Labels, seed: int) -> _Verdict:
     """With labels: by out-of-fold logits `(n, C)` of what it refines and of the layer."""
     judged = np.bincount(labels)[labels] > 1
     labels, before, after = labels[judged], before[judged], after[judged]
     right, was_right = predicted(after) == labels, predicted(before) == labels
     kept = expected_gain(right.astype(np.float64) - was_right) > 0
     why = f"{100 * right.mean():.1f} % out-of-fold, {100 * was_right.mean():.1f} % without it"
+    if kept and right.mean() < was_right.mean():
+        why += f", which {len(labels)} images are too few to hold against it"
     calibration = calibrate(after, labels, seed=seed)
     loss = float(log_loss(after / calibration.temperature, labels).mean())
-    return _Verdict(kept, why if kept else f"left out: {why}", right.mean(), loss, calibration)
+    return _Verdict(
+        name, kept, why if kept else f"left out: {why}", right.mean(), loss, calibration
+    )
 
 
 def _zero_shot(observed: Observed) -> Deployment:
-    """The endpoint as it is, where no image is labelled."""
+    """The endpoint as it is, where no image is labelled; a local encoder's numbers stay out."""
+    readout = observed.readout[: observed.n_answers]
     return Deployment(
         strategy=ZERO_SHOT,
         question=observed.question,
-        ensemble=plain_ensemble(observed.readout),
-        zero_shot=observed.readout,
+        ensemble=plain_ensemble(readout),
+        zero_shot=readout,
         zero_shot_accuracy=None,
         accuracy={},
         log_loss={},
@@ -232,23 +279,27 @@ def _zero_shot(observed: Observed) -> Deployment:
 
 
 def _with_layer(
-    plain: Deployment, observed: Observed, layered: Ensemble, verdict: _Verdict
+    plain: Deployment, observed: Observed, layered: Ensemble, found: Coft, verdict: _Verdict
 ) -> Deployment:
     """What is deployed: the layer, or what it would have refined."""
-    reason = "; ".join(part for part in (plain.reason, f"CoFT: {verdict.why}") if part)
+    why = f"{_TITLES[verdict.name]}: {verdict.why}"
+    reason = f"{plain.reason}; {why}" if plain.reason else why
     plain = replace(plain, reason=reason)
     if verdict.accuracy is not None and verdict.log_loss is not None:
         plain = replace(
             plain,
-            accuracy={**plain.accuracy, COFT: verdict.accuracy},
-            log_loss={**plain.log_loss, COFT: verdict.log_loss},
+            accuracy={**plain.accuracy, verdict.name: verdict.accuracy},
+            log_loss={**plain.log_loss, verdict.name: verdict.log_loss},
         )
     if not verdict.kept:
         return plain
-    temperature = verdict.calibration.temperature if verdict.calibration else 1.0
+    if verdict.calibration is not None:
+        temperature = verdict.calibration.temperature
+    else:
+        temperature = tempering(ensemble_logits(layered, observed.pool), found.evidence.cleanliness)
     return replace(
         plain,
-        strategy=COFT,
+        strategy=verdict.name,
         question=observed.question,
         ensemble=layered._replace(temperature=temperature),
         zero_shot=observed.readout,
@@ -264,7 +315,8 @@ def _said(
     class_names: tuple[str, ...],
 ) -> Unlabelled:
     labels = predicted(tuned)
-    share = np.bincount(labels, minlength=len(class_names)) / len(labels)
+    named = labels[labels != NO_LABEL]  # an answer may prefer no class
+    share = np.bincount(named, minlength=len(class_names)) / len(labels)
     return Unlabelled(
         n_images=len(labels),
         kept=verdict.kept,

@@ -31,7 +31,6 @@ from blackbox_vlm.console import (
 
 if TYPE_CHECKING:
     from blackbox_vlm.backend import Backend
-    from blackbox_vlm.images import Image
     from blackbox_vlm.ledger import Lost
     from blackbox_vlm.result import TuneResult
     from blackbox_vlm.settings import Settings

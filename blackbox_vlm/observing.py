@@ -32,6 +32,7 @@ class Observed(NamedTuple):
             that the heads start from.
         owners: which image a row of it shows, `(n_rows,)` int64.
         pool: answers about the images without labels, `(m, K)`.
+        pool_views: answers about augmented views of them, `(n_views, m, K)`.
         readout: reads the endpoint's own prediction, under the task's own template.
         metric: under which the answers spread evenly; None: they are taken as they are.
         pruned: what leaving out texts for predictions cost; None where all are kept.
@@ -44,6 +45,7 @@ class Observed(NamedTuple):
     observation: Observation
     owners: NDArray[np.int64]
     pool: Floats
+    pool_views: Floats
     readout: Floats
     n_answers: int
     noise: float | None
@@ -98,11 +100,17 @@ async def observe(
         views = await ask(meter, plan.question, shown, task.classes, "views")
         answers, shown = np.concatenate([answers, views]), (*task.images, *shown)
     owners = np.tile(np.arange(len(task)), 1 + plan.views)
+    pool_views = np.stack([pool] * plan.pool_views) if plan.pool_views else pool[None][:0]
+    if plan.pool_views and encoder is None:
+        others = view_images(plan.pool, plan.pool_views)
+        told = await ask(meter, plan.question, others, task.classes, "pool views")
+        pool_views = told.reshape(pool_views.shape)
     seen = Observed(
         plan.question,
         Observation(answers, readout),
         owners,
         pool,
+        pool_views,
         readouts[0],
         n_answers=answers.shape[1],
         noise=noise,
@@ -119,14 +127,17 @@ async def observe(
         seen = seen._replace(metric=_measured(shapes))
     if encoder is None:
         return seen
-    return _with_student(seen, await encoder.vectors((*shown, *plan.pool)))
+    others = view_images(plan.pool, plan.pool_views)
+    return _with_student(seen, await encoder.vectors((*shown, *plan.pool, *others)))
 
 
 def _with_student(seen: Observed, vectors: Floats) -> Observed:
     """The same pass, with an encoder's vectors after the answers; no readout reads them."""
-    n_rows = len(seen.owners)
+    n_rows, n_shown = len(seen.owners), len(seen.owners) + len(seen.pool)
     student = with_vectors(seen.observation, vectors[:n_rows])
-    pool = join_vectors(seen.pool, vectors[n_rows:])
+    pool = join_vectors(seen.pool, vectors[n_rows:n_shown])
+    told = seen.pool_views.reshape(-1, seen.pool.shape[1])
+    views = join_vectors(told, vectors[n_shown:]).reshape(len(seen.pool_views), *pool.shape)
 
     def longer(readout: Floats) -> Floats:
         return np.pad(readout, ((0, vectors.shape[1]), (0, 0)))
@@ -135,7 +146,13 @@ def _with_student(seen: Observed, vectors: Floats) -> Observed:
     if prior is not None:
         learned = prior.learned
         prior = Prior(longer(prior.own), lambda images: longer(learned(images)))
-    return seen._replace(observation=student, pool=pool, readout=longer(seen.readout), prior=prior)
+    return seen._replace(
+        observation=student,
+        pool=pool,
+        pool_views=views,
+        readout=longer(seen.readout),
+        prior=prior,
+    )
 
 
 def _measured(shapes: Floats) -> Metric | None:

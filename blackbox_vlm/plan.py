@@ -34,11 +34,12 @@ class Method(StrEnum):
     CRAFT = "craft"  # soft prompts and refiner, trained together
     PROMPTS = "prompts"  # text prompts alone, found by a race
     COFT = "coft"  # the heads, then pseudo-labels of images without labels
+    COFT_PLUS = "coft+"  # the same, iterated, with class descriptions
 
     @property
     def heads(self) -> tuple[str, ...] | None:
         """The heads that may be deployed; None: all of them."""
-        if self in (Method.OBSERVE, Method.COFT):
+        if self in (Method.OBSERVE, Method.COFT, Method.COFT_PLUS):
             return None
         return ("refiner",) if self is Method.REFINE else (self.value,)
 
@@ -84,6 +85,7 @@ class Plan:
         background: whether drawings of nothing in particular are asked about as well.
         views: augmented views of every labelled image that are asked about as well.
         pool: images without labels that are asked about, after those of the task.
+        pool_views: augmented views of every one of those, which a local encoder sees for nothing.
         templates: text prompts whose vectors are asked for, the task's own first.
         prompts: text prompts that enter a race, the task's own first.
         races: of text prompts; the second one tries what a language model proposes.
@@ -101,6 +103,7 @@ class Plan:
     background: bool = False
     views: int = 0
     pool: tuple[Image, ...] = ()
+    pool_views: int = 0
     templates: tuple[str, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     races: tuple[RacePlan, ...] = ()

@@ -13,8 +13,8 @@ from hashlib import sha256
 from blackbox_vlm.backend import Access, Capabilities
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
-from blackbox_vlm.plan import Method, Plan
-from blackbox_vlm.planner import plan_observation, with_rest
+from blackbox_vlm.plan import Method, Plan, make_step
+from blackbox_vlm.planner import VIEWS, plan_observation, view_images, with_rest
 from blackbox_vlm.racing import Usable
 from blackbox_vlm.task import MIN_IMAGES, Task
 
@@ -37,7 +37,7 @@ def plan_coft(
         pool: images without labels.
         capabilities: of the endpoint.
         budget: queries.
-        method: COFT, or None.
+        method: COFT, COFT_PLUS, or None: COFT.
         seed: of the part that is drawn.
         student: whether a local encoder describes the images.
         usable: leaves out templates that do not fit the model; the first stays.
@@ -50,12 +50,16 @@ def plan_coft(
 
     def first(size: int) -> Plan:
         shown = tuple(pool[at] for at in sorted(few[:size]))
-        return plan_observation(task, capabilities, budget, Method.COFT, shown, student, usable)
+        return plan_observation(
+            task, capabilities, budget, method or Method.COFT, shown, student, usable
+        )
 
     least = max(len(task.class_names), MIN_IMAGES) - len(task)
     fits = _most_that_fit(first, max(min(least, len(pool)), 1), len(pool))
     plan = first(fits)
     notes: tuple[str, ...] = ()
+    if method is Method.COFT_PLUS:
+        plan = _with_pool_views(plan, task, capabilities, student=student)
     if fits < len(pool):
         notes = (f"the budget pays for {fits} of {len(pool)} unlabelled images, drawn at random",)
     if capabilities.soft_prompts is not None:
@@ -63,15 +67,33 @@ def plan_coft(
     return with_rest(replace(plan, notes=(*plan.notes, *notes)))
 
 
+def _with_pool_views(plan: Plan, task: Task, capabilities: Capabilities, *, student: bool) -> Plan:
+    """Contrast needs views: those of a local encoder are free, those of an endpoint are queries."""
+    assert plan.question is not None
+    if student:
+        return replace(plan, pool_views=VIEWS)
+    images = view_images(plan.pool, VIEWS)
+    requests = plan.question.requests(images, task.classes, capabilities.access)
+    why = f"{VIEWS} crops of every unlabelled image: what differs between them is no class"
+    step = make_step("pool views", requests, capabilities, why)
+    if plan.queries + step.queries > plan.budget:
+        note = (
+            f"momentum contrast is left out: {VIEWS} views of the pool are {step.queries} queries"
+        )
+        return replace(plan, notes=(*plan.notes, note))
+    return replace(plan, steps=(*plan.steps, step), pool_views=VIEWS)
+
+
 def _check_pool_allowed(
     capabilities: Capabilities, method: Method | None, pool: tuple[Image, ...], student: bool
 ) -> None:
     if not pool:
         raise InputError(
-            "method 'coft' learns from images without labels, and there are none; give some "
-            "(--unlabeled or --pool FOLDER; `pool=` in Python), or leave the method out"
+            f"method {(method or Method.COFT).value!r} learns from images without labels, and "
+            "there are none; give some (--unlabeled or --pool FOLDER; `pool=` in Python), or leave "
+            "the method out"
         )
-    if method not in (None, Method.COFT):
+    if method not in (None, Method.COFT, Method.COFT_PLUS):
         raise InputError(
             f"method {method.value!r} learns from labelled images alone, and there is a pool of "
             f"{len(pool)} without labels; leave the method or the pool out"

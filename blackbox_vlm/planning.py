@@ -157,7 +157,7 @@ def _plan(
             usable=fits,
         )
     student = options.local_encoder is not None
-    if pool or method is Method.COFT:
+    if pool or method in (Method.COFT, Method.COFT_PLUS):
         return plan_coft(
             task,
             pool,

@@ -13,8 +13,8 @@ from blackbox_vlm._version import __version__
 from blackbox_vlm.audit import TABLE_FILE, Audit, Labeller, ask, prepare
 from blackbox_vlm.backend import Access, Backend, Capabilities, check_texts
 from blackbox_vlm.beside import Beside
-from blackbox_vlm.coft.settings import CoftSettings
-from blackbox_vlm.collaboration import COFT, Collaborated, collaborate
+from blackbox_vlm.coft.settings import PLUS
+from blackbox_vlm.collaboration import COFT, COFT_PLUS, Collaborated, collaborate
 from blackbox_vlm.craft.guard import Verdict
 from blackbox_vlm.craft.recipes import recipe_named
 from blackbox_vlm.deployment import Deployment, of_craft, of_heads
@@ -26,7 +26,7 @@ from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Logits, plain_logits, plain_requests
 from blackbox_vlm.observe.choose import HEADS
 from blackbox_vlm.observing import measured_noise, observe
-from blackbox_vlm.plan import Plan, check_max_cost
+from blackbox_vlm.plan import Method, Plan, check_max_cost
 from blackbox_vlm.planning import Options, affordable, dry_run, fitting, parted
 from blackbox_vlm.prompting import tune_prompts
 from blackbox_vlm.prompts.templates import prompts
@@ -240,7 +240,8 @@ async def _tune(
     if encoder is not None and options.local_encoder:
         student = (options.local_encoder, encoder.identity)
     if made.pool:
-        found = collaborate(observed, task, access, CoftSettings(), options.seed)
+        more = PLUS if made.method is Method.COFT_PLUS else None
+        found = collaborate(observed, task, access, options.seed, plus=more)
         return _beside(found.deployment, student), found
     heads, rival = of_heads(observed, task, made.method, access, options.seed)
     heads = _beside(heads, student)
@@ -255,7 +256,7 @@ async def _tune(
 
 def _beside(deployed: Deployment, student: tuple[str, str] | None) -> Deployment:
     """What is deployed reads the local model's vectors, unless it is the endpoint as it is."""
-    asks = deployed.strategy in (HEADS, COFT)
+    asks = deployed.strategy in (HEADS, COFT, COFT_PLUS)
     return replace(deployed, local_encoder=student) if asks else deployed
 
 

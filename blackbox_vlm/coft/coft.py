@@ -35,6 +35,7 @@ from blackbox_vlm.coft.settings import CoftSettings
 from blackbox_vlm.coft.student import Student, class_mass, fit
 from blackbox_vlm.observe.features import FeatureMap, View, features, fit_map
 from blackbox_vlm.observe.heads import Floats, Labels, Seen
+from blackbox_vlm.scores import predicted
 
 
 class Views(NamedTuple):
@@ -61,7 +62,7 @@ class Evidence(NamedTuple):
         coverage: whose pseudo-label was kept.
         agreement: on which the two models name the same class.
         cleanliness: mean p_clean, the lower of the two models', of those.
-        confidence: mean probability of the predicted class.
+        confidence: mean probability of the predicted class, by the student, before tempering.
         agreement_with_refined: whose class is still that of the refined predictions.
         mass: estimated share of every class, `(C,)`.
         refined_mass: the same by the refined predictions.
@@ -98,7 +99,7 @@ def look(answers: Floats, power: float, seed: int) -> Views:
 def coft(
     views: Views, refined: Floats, labels: Labels, settings: CoftSettings, ridge: float, seed: int
 ) -> Coft:
-    """Both phases.
+    """Both phases, as often as the settings say.
 
     Args:
         views: of all images, labelled or not.
@@ -109,47 +110,72 @@ def coft(
         seed: of all that is random.
     """
     posterior = softmax(refined, axis=1)
-    trusted = high_confidence(posterior, labels, settings.seeds)
-    seen = [Seen(half, refined) for half in views.halves]
-    if not settings.two_models:
-        seen = [Seen(views.whole, refined)]
-    even = np.ones(len(labels), dtype=np.float32)
-    duals = [train(view, trusted, even, settings.dual, seed + at) for at, view in enumerate(seen)]
-    judged = judge(duals, seen)
-    start, weights, coverage = _filtered(judged, labels, settings)
+    for iteration in range(settings.iterations):
+        share = min(settings.seeds + iteration * settings.growth, 1.0)
+        trusted = high_confidence(posterior, labels, share)
+        duals, judged = _first_phase(views, refined, trusted, settings, seed)
+        student, kept = _second_phase(views, refined, labels, judged, settings, ridge)
+        posterior = student.posterior
+        if not iteration:  # later models learn from the student, and agree the more for it
+            first, first_kept = judged, kept
+    evidence = _evidence(first, student, refined, first_kept, labels == NO_LABEL)
+    return Coft(student, duals, evidence)
+
+
+def _first_phase(
+    views: Views, refined: Floats, trusted: Labels, settings: CoftSettings, seed: int
+) -> tuple[tuple[Dual, ...], Judged]:
+    """Dual prompts and adapters of the models, and what these say of each other's labels."""
+    halves = views.halves if settings.two_models else (views.whole,)
+    seen, even = [Seen(half, refined) for half in halves], np.ones(len(refined), dtype=np.float32)
+    duals = tuple(
+        train(view, trusted, even, settings.dual, seed + turn) for turn, view in enumerate(seen)
+    )
+    return duals, judge(duals, seen)
+
+
+def _second_phase(
+    views: Views,
+    refined: Floats,
+    labels: Labels,
+    judged: Judged,
+    settings: CoftSettings,
+    ridge: float,
+) -> tuple[Student, NDArray[np.bool_]]:
+    """The student, and whose pseudo-labels were kept: the others count less in what it learns."""
+    kept = np.ones(len(labels), dtype=bool)
+    if settings.filtering:
+        chosen = select(judged, class_mass(judged.posterior), share=settings.share)
+        kept = (chosen.labels != NO_LABEL) | (labels != NO_LABEL)
     student = fit(
         Seen(views.whole, refined),
         labels,
-        start,
-        weights,
+        judged.posterior,
+        np.where(kept, 1.0, settings.recovered).astype(np.float32),
         sharpness=settings.sharpness,
         ridge=ridge,
         rounds=settings.rounds,
         mass=settings.mass,
     )
-    free = labels == NO_LABEL
-    evidence = _evidence(judged, student, posterior, free, float(coverage[free].mean()))
-    return Coft(student, tuple(duals), evidence)
+    return student, kept
 
 
 def _evidence(
     judged: Judged,
     student: Student,
     refined: Floats,
+    kept: NDArray[np.bool_],
     free: NDArray[np.bool_],
-    coverage: float,
 ) -> Evidence:
-    predicted = student.posterior[free]
+    after, before = student.posterior[free], softmax(refined[free], axis=1)
     return Evidence(
-        coverage=coverage,
+        coverage=float(kept[free].mean()),
         agreement=float(judged.agree[free].mean()),
         cleanliness=float(judged.clean.min(axis=0)[free].mean()),
-        confidence=float(predicted.max(axis=1).mean()),
-        agreement_with_refined=float(
-            (predicted.argmax(axis=1) == refined[free].argmax(axis=1)).mean()
-        ),
-        mass=class_mass(predicted),
-        refined_mass=class_mass(refined[free]),
+        confidence=float(after.max(axis=1).mean()),
+        agreement_with_refined=float((after.argmax(axis=1) == predicted(refined[free])).mean()),
+        mass=class_mass(after),
+        refined_mass=class_mass(before),
     )
 
 
@@ -163,15 +189,3 @@ def high_confidence(posterior: Floats, labels: Labels, share: float) -> Labels:
     best = posterior.argmax(axis=1)
     kept = best_of_each(best, posterior.max(axis=1), labels == NO_LABEL, wanted)
     return np.where(kept, best, labels)
-
-
-def _filtered(
-    judged: Judged, labels: Labels, settings: CoftSettings
-) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """What the student starts from: targets `(n, C)`, weights `(n,)`, and which were kept."""
-    kept = np.ones(len(labels), dtype=bool)
-    if settings.filtering:
-        chosen = select(judged, class_mass(judged.posterior), share=settings.share)
-        kept = (chosen.labels != NO_LABEL) | (labels != NO_LABEL)
-    weights = np.where(kept, 1.0, settings.recovered).astype(np.float32)
-    return judged.posterior, weights, kept

