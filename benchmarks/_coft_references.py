@@ -19,7 +19,6 @@ from blackbox_vlm import Options, Task
 from blackbox_vlm.backend import NO_LABEL, Access
 from blackbox_vlm.coft import student
 from blackbox_vlm.coft.coft import Coft, Views, coft, look
-from blackbox_vlm.coft.dual import DualSettings
 from blackbox_vlm.coft.filtering import judge
 from blackbox_vlm.coft.mass import evening
 from blackbox_vlm.coft.neighbours import graph
@@ -40,14 +39,16 @@ from blackbox_vlm.tuning import dry_run
 FEW_SHOT = "few-shot student"
 ZERO_SHOT = "zero-shot"
 TOP = 16  # pseudo-labels per class
-CHANGES: dict[str, dict[str, Any]] = {  # to the settings of CoFT
-    "full": {},
-    "single model": {"two_models": False},
-    "no negative prompt": {"dual": DualSettings(negative_weight=0)},
-    "L_neg not in the adapter": {"dual": DualSettings(regularize=False)},
-    "no filtering": {"filtering": False},
+FULL = CoftSettings()
+CHANGED = {
+    "full": FULL,
+    "single model": replace(FULL, two_models=False),
+    "no negative prompt": replace(FULL, dual=replace(FULL.dual, negative_weight=0)),
+    "L_neg not in the adapter": replace(FULL, dual=replace(FULL.dual, regularize=False)),
+    "no filtering": replace(FULL, filtering=False),
 }
 NO_PHASE, NO_PHASE_1, NO_PHASE_2 = "neither phase", "no phase 1", "no phase 2"
+NOT_EVENED = "not evened"  # pseudo-labels start from zero-shot as it is
 
 
 class Pass(NamedTuple):
@@ -73,7 +74,7 @@ def asked(
     cell: Cell, task: Task, pool: tuple[Image, ...], test: Task, box: Box, folder: Path
 ) -> Pass:
     """Ask what `tune` would ask; test images under a ledger of their own."""
-    options, settings = Options(cell.budget, seed=cell.seed), CoftSettings()
+    options, settings = Options(cell.budget, seed=cell.seed), FULL
     plan = dry_run(task, box.capabilities, options, pool=pool)
     with Ledger(folder / "train", UNLIMITED) as book:
         observed = run_sync(observe(Meter(box, book), task, plan, cell.seed))
@@ -101,7 +102,7 @@ def few_shot(
     (1), then its logits are added to the endpoint's own.
     """
     assert task.labels is not None
-    found, settings = asked(cell, task, (), test, box, folder), CoftSettings()
+    found, settings = asked(cell, task, (), test, box, folder), FULL
     shown, unseen = found.view()
     truth = np.eye(len(task.class_names), dtype=np.float32)[task.labels]
     taught = student.fit(
@@ -167,17 +168,22 @@ def ablations(
     def measure(named: Floats) -> dict[str, float]:
         return figures(predicted(named), test, cell.seed)
 
-    def by(head: Fitted) -> Floats:
-        return unseen + logits(head, Seen(shown, unseen))
+    def learn(settings: CoftSettings, start: Floats) -> Coft:
+        return coft(views, start, unknown, settings, found.ridge, cell.seed)
 
-    measured: dict[str, dict[str, float]] = {NO_PHASE: measure(unseen)}
-    for name, changes in CHANGES.items():
-        settings = replace(CoftSettings(), **changes)
-        learned = coft(views, refined, unknown, settings, found.ridge, cell.seed)
-        measured[name] = measure(by(learned.student.head))
-        if not changes:
-            measured[NO_PHASE_2] = measure(by_duals(learned, found, views, unseen, cell.seed))
-    measured[NO_PHASE_1] = measure(by(student_alone(views, refined, found.ridge)))
+    def by(head: Fitted, start: Floats) -> Floats:
+        return start + logits(head, Seen(shown, start))
+
+    full = learn(FULL, refined)
+    measured = {
+        NO_PHASE: measure(unseen),
+        NO_PHASE_1: measure(by(student_alone(views, refined, found.ridge), unseen)),
+        NO_PHASE_2: measure(by_duals(full, found, views, unseen, cell.seed)),
+        NOT_EVENED: measure(by(learn(FULL, found.seen).student.head, found.unseen)),
+    }
+    for name, settings in CHANGED.items():
+        learned = full if settings is FULL else learn(settings, refined)
+        measured[name] = measure(by(learned.student.head, unseen))
     return {"figures": measured}
 
 
@@ -195,7 +201,7 @@ def by_duals(learned: Coft, found: Pass, views: Views, unseen: Floats, seed: int
 
 def student_alone(views: Views, refined: Floats, ridge: float) -> Fitted:
     """The second phase, started from the evened zero-shot posterior."""
-    settings, n = CoftSettings(), len(refined)
+    settings, n = FULL, len(refined)
     taught = student.fit(
         Seen(views.whole, refined),
         np.full(n, NO_LABEL),

@@ -36,11 +36,11 @@ from _grid import read, run_all
 from blackbox_vlm.backends import local
 
 import blackbox_vlm
-from blackbox_vlm.plan import Method
 
 KINDS = ("embeddings", "logits")
 METHODS = (REFERENCES, COFT, REFINED, FEW_SHOT, ABLATIONS, PLUS)
 TAIL_SHOTS = (0, 4)
+PLUS_SHOTS = (0, 1, 4)  # CoFT+ is dear where folds judge it
 NOT_MEASURED = (
     "cli", "commands_", "console", "endpoint", "probe", "progress", "settings", "testing"
 )  # fmt: skip
@@ -48,14 +48,18 @@ NOT_MEASURED = (
 
 def main() -> None:
     given = parse()
-    settings = given.settings or digest()
-    groups = [list(cells_of(data, given, settings)) for data in sorted(given.data, key=size)[::-1]]
+    settings, data = given.settings or [digest()], sorted(given.data, key=size)[::-1]
     if given.settings:
-        rows = list(read(given.results))
+        kept = {Cell(*row["cell"]): row for row in read(given.results)}
+        wanted = (
+            cell for one in settings for folder in data for cell in cells_of(folder, given, one)
+        )
+        rows = [kept[cell] for cell in wanted if cell in kept]
     else:
+        groups = [list(cells_of(folder, given, settings[0])) for folder in data]
         rows = run_all(groups, partial(run, vectors=given.vectors), given.results, given.processes)
-    wanted = {cell for group in groups for cell in group}
-    show(Rows(row for row in rows if Cell(*row["cell"]) in wanted), given, settings)
+    rows.sort(key=lambda row: given.data.index(Path(row["cell"][0])))
+    show(Rows(rows), given, " ".join(settings))
 
 
 def parse() -> argparse.Namespace:
@@ -73,7 +77,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--vectors", type=Path, default=Path("runs/vectors"), help="of images, kept"
     )
-    parser.add_argument("--settings", help="run nothing: show the results kept under this digest")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        help="run nothing: show the results kept under these digests, the last of each cell",
+    )
     return parser.parse_args()
 
 
@@ -94,16 +102,19 @@ def cells_of(data: Path, given: argparse.Namespace, settings: str) -> Iterator[C
 
 def runs(every: list[int], kind: str) -> Iterator[tuple[str, int, bool]]:
     """Method, shots, and whether the pool is long-tailed."""
-    plus = [PLUS] if PLUS in list(Method) else []
     yield from ((REFERENCES, 0, tail) for tail in (False, True))
     if kind == "embeddings":
         yield ABLATIONS, 0, False
     for shots in every:
-        yield from ((method, shots, False) for method in (COFT, *plus))
+        yield COFT, shots, False
         if shots:
             yield from ((method, shots, False) for method in (REFINED, FEW_SHOT))
         if shots in TAIL_SHOTS:
-            yield from ((method, shots, True) for method in (COFT, *plus))
+            yield COFT, shots, True
+        if shots in PLUS_SHOTS:
+            yield PLUS, shots, False
+        if not shots:
+            yield PLUS, shots, True
 
 
 def digest() -> str:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from blackbox_vlm.backend import Backend
+from blackbox_vlm.describing import describe
 from blackbox_vlm.ledger import Ledger
 from blackbox_vlm.local_encoder import UNLIMITED, LocalEncoder
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.plan_prompts import Descriptions
 from blackbox_vlm.prompting import Proposers
 from blackbox_vlm.run_directory import RunDirectory
+from blackbox_vlm.task import Classes
 
 
 class Beside:
@@ -41,6 +43,11 @@ class Beside:
         if self._local is None:
             return None
         return LocalEncoder(self._local, self._ledger("local-encoder"))
+
+    async def describe(self, classes: Classes) -> Descriptions:
+        """What the language model writes of the classes."""
+        [writer] = self._writers
+        return await describe(writer, classes)
 
     def proposers(self) -> Proposers:
         """Who proposes text prompts; the local model as a surrogate that takes soft ones."""

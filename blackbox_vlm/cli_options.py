@@ -93,13 +93,13 @@ proposer_options = _together(
     click.option(
         "--descriptions",
         type=PATH,
-        help="For method prompts: JSON, a list of texts for every class name.",
+        help="For methods prompts and coft+: JSON, a list of texts for every class name.",
     ),
     click.option(
         "--propose-with",
         type=PATH,
-        help="For method prompts: endpoint file of a language model that proposes templates. Its "
-        "queries count.",
+        help="For methods prompts and coft+: endpoint file of a language model that proposes "
+        "templates, or describes the classes. Its queries count.",
     ),
 )
 backend_options = _together(

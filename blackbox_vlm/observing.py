@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from blackbox_vlm.backend import Access, Request
 from blackbox_vlm.background import background_images
+from blackbox_vlm.describing import described_readouts, evenly
 from blackbox_vlm.local_encoder import LocalEncoder, join_vectors, with_vectors
 from blackbox_vlm.meter import Meter
 from blackbox_vlm.observations import Floats, Logits, Question, ask, text_readouts
@@ -93,7 +94,9 @@ async def observe(
     noise = await measured_noise(meter, asked[0])
     readouts = await _readouts(meter, task, plan)
     prior = _prior(answers, readouts, task, seed)
-    readout = prior.learned(np.ones(len(task), dtype=bool)) if prior else readouts.mean(axis=0)
+    readout = _unlearned(readouts, plan, meter.capabilities.logit_scale)
+    if prior is not None:
+        readout = prior.learned(np.ones(len(task), dtype=bool))
     shown = task.images
     if plan.views:
         shown = view_images(task.images, plan.views)
@@ -185,8 +188,23 @@ async def _readouts(meter: Meter, task: Task, plan: Plan) -> Floats:
     """The readout of every text prompt, `(n_templates, K, n_classes)`; the task's own is first."""
     if meter.capabilities.access is not Access.EMBEDDINGS:
         assert plan.readout is not None
-        return plan.readout[None]
-    return await text_readouts(meter, texts_under(task, plan.templates), "texts")
+        if not plan.described:
+            return plan.readout[None]
+        own = np.eye(*plan.readout.shape, dtype=np.float32)
+        return np.stack([own, plan.readout])
+    lists = texts_under(task, plan.templates)
+    if plan.described:
+        return await described_readouts(meter, lists, plan.described, "texts")
+    return await text_readouts(meter, lists, "texts")
+
+
+def _unlearned(readouts: Floats, plan: Plan, scale: float) -> Floats:
+    """What no image has chosen: the mean of the readouts, descriptions as heavy as templates."""
+    if plan.readout is not None:
+        return plan.readout  # of a bank, which holds that mean already
+    if plan.described and len(readouts) > 1:
+        return evenly(readouts, scale)
+    return np.asarray(readouts.mean(axis=0), dtype=np.float32)
 
 
 def _prior(answers: Floats, readouts: Floats, task: Task, seed: int) -> Prior | None:

@@ -86,6 +86,9 @@ class Plan:
         views: augmented views of every labelled image that are asked about as well.
         pool: images without labels that are asked about, after those of the task.
         pool_views: augmented views of every one of those, which a local encoder sees for nothing.
+        described: descriptions of every class that join its text, in label order; placeholders
+            where a language model is to write them.
+        describes: whether it is.
         templates: text prompts whose vectors are asked for, the task's own first.
         prompts: text prompts that enter a race, the task's own first.
         races: of text prompts; the second one tries what a language model proposes.
@@ -104,6 +107,8 @@ class Plan:
     views: int = 0
     pool: tuple[Image, ...] = ()
     pool_views: int = 0
+    described: tuple[tuple[str, ...], ...] = ()
+    describes: bool = False
     templates: tuple[str, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     races: tuple[RacePlan, ...] = ()

@@ -6,15 +6,19 @@ long as the budget pays; where it does not pay for all, a random part is asked a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 
 from blackbox_vlm.backend import Access, Capabilities
+from blackbox_vlm.describing import describe_step, placeholders
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
+from blackbox_vlm.observations import Question
+from blackbox_vlm.observe.bank import make_bank
 from blackbox_vlm.plan import Method, Plan, make_step
 from blackbox_vlm.planner import VIEWS, plan_observation, view_images, with_rest
+from blackbox_vlm.prompts.describing import in_label_order
 from blackbox_vlm.racing import Usable
 from blackbox_vlm.task import MIN_IMAGES, Task
 
@@ -29,6 +33,8 @@ def plan_coft(
     seed: int,
     student: bool = False,
     usable: Usable = tuple,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+    writer: Capabilities | None = None,
 ) -> Plan:
     """Plan a pass over the labelled images and as many of the others as the budget pays for.
 
@@ -41,17 +47,33 @@ def plan_coft(
         seed: of the part that is drawn.
         student: whether a local encoder describes the images.
         usable: leaves out templates that do not fit the model; the first stays.
+        descriptions: of the classes, by name, for CoFT+.
+        writer: of the language model that writes them where there are none, for CoFT+.
 
     Raises:
-        InputError: as `make_plan`; or there is no pool, or the access level says too little.
+        InputError: as `make_plan`; descriptions of what is no class; or there is no pool, or the
+            access level says too little.
     """
     _check_pool_allowed(capabilities, method, pool, student)
     few = sorted(range(len(pool)), key=lambda at: _drawn(pool[at], seed))
 
+    described = in_label_order(task.class_names, descriptions or {})
+    describes = writer is not None and not descriptions
+    steps = [describe_step(writer, task.classes)] if describes and writer is not None else []
+    if describes:
+        described = placeholders(task.classes)
+    spent = sum(step.queries for step in steps)
+
     def first(size: int) -> Plan:
         shown = tuple(pool[at] for at in sorted(few[:size]))
-        return plan_observation(
-            task, capabilities, budget, method or Method.COFT, shown, student, usable
+        how = (method or Method.COFT, shown, student, usable, described)
+        plan = plan_observation(task, capabilities, budget - spent, *how)
+        return replace(
+            plan,
+            budget=budget,
+            steps=(*steps, *plan.steps),
+            described=described if any(described) else (),
+            describes=describes,
         )
 
     least = max(len(task.class_names), MIN_IMAGES) - len(task)
@@ -124,3 +146,21 @@ def _most_that_fit(make: Callable[[int], Plan], least: int, most: int) -> int:
         except InputError:
             most = middle
     return least
+
+
+def with_descriptions(
+    plan: Plan, task: Task, capabilities: Capabilities, descriptions: Mapping[str, Sequence[str]]
+) -> Plan:
+    """The plan with what a language model has written, in place of its placeholders."""
+    described = in_label_order(task.class_names, descriptions)
+    plan = replace(plan, described=described if any(described) else ())
+    if plan.readout is None or len(plan.readout) == len(task.class_names):
+        return plan  # vectors, or the classes alone
+    bank = make_bank(
+        task.class_names,
+        task.template,
+        capabilities,
+        size=len(plan.readout),
+        descriptions=described,
+    )
+    return replace(plan, question=Question((bank.texts,)), readout=bank.readout)

@@ -21,9 +21,10 @@ from blackbox_vlm.augment import augmented
 from blackbox_vlm.backend import Access, Capabilities, TextEmbeddings
 from blackbox_vlm.background import background_images
 from blackbox_vlm.craft.recipes import Recipe
+from blackbox_vlm.describing import texts_of
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
-from blackbox_vlm.observations import Floats, Question, class_readout, plain_question, together
+from blackbox_vlm.observations import Floats, Question, class_readout, plain_question
 from blackbox_vlm.observe.ballots import vote_readout
 from blackbox_vlm.observe.bank import bank_size, make_bank
 from blackbox_vlm.observe.naive_bayes import CONFIDENCE
@@ -38,6 +39,8 @@ from blackbox_vlm.plan_craft import plan_craft, search_steps
 from blackbox_vlm.prompts.templates import candidates
 from blackbox_vlm.racing import Usable
 from blackbox_vlm.task import Classes, Task
+
+Described = tuple[tuple[str, ...], ...]  # texts of every class, in label order
 
 VIEWS = 2  # augmented views where images are few; six were worth no more than two
 FEW = 2  # images per class up to which views pay: 1.0 point at 1 and 2 shots, 0.4 at 4
@@ -95,13 +98,14 @@ def plan_observation(
     pool: tuple[Image, ...],
     student: bool,
     usable: Usable,
+    described: Described = (),
 ) -> Plan:
     """One pass over the images, and the texts' vectors where vectors are what is had.
 
     Raises:
         InputError: the budget does not pay for it.
     """
-    question, readout = _question(task, capabilities, budget, method, student)
+    question, readout = _question(task, capabilities, budget, method, student, described)
     shown = (*task.images, *pool)
     requests = question.requests(shown, task.classes, capabilities.access)
     why = _why(question, capabilities)
@@ -111,7 +115,7 @@ def plan_observation(
     if capabilities.access is Access.EMBEDDINGS:
         left = budget - sum(step.queries for step in steps)
         most = min(steps[0].queries, left)
-        templates, step = _text_step(task, capabilities, most, usable)
+        templates, step = _text_step(task, capabilities, most, usable, described)
         steps.append(step)
     plan = Plan(method, budget, tuple(steps), question, readout, pool=pool, templates=templates)
     if plan.queries > budget:
@@ -123,7 +127,12 @@ def plan_observation(
 
 
 def _question(
-    task: Task, capabilities: Capabilities, budget: int, method: Method, student: bool
+    task: Task,
+    capabilities: Capabilities,
+    budget: int,
+    method: Method,
+    student: bool,
+    described: Described,
 ) -> tuple[Question, Floats | None]:
     """What to ask about an image, and how the zero-shot prediction is read from the answers."""
     access, n_classes = capabilities.access, len(task.class_names)
@@ -140,7 +149,7 @@ def _question(
         return Question(lists), vote_readout([len(texts) for texts in lists], n_classes, CONFIDENCE)
     if student or method is Method.REFINE:
         return plain_question(access, task.classes), class_readout(access, n_classes)
-    bank = make_bank(task.class_names, task.template, capabilities)
+    bank = make_bank(task.class_names, task.template, capabilities, descriptions=described)
     return Question((bank.texts,)), bank.readout
 
 
@@ -171,19 +180,21 @@ def _why(question: Question, capabilities: Capabilities) -> str:
 
 
 def _text_step(
-    task: Task, capabilities: Capabilities, most: int, usable: Usable
+    task: Task, capabilities: Capabilities, most: int, usable: Usable, described: Described
 ) -> tuple[tuple[str, ...], Step]:
     """As many templates as cost no more queries than the images do; the task's own at least."""
     templates = usable(candidates(task.template)[:TEMPLATES])
-    step = _vector_step(task, templates, capabilities)
+    step = _vector_step(task, templates, capabilities, described)
     while len(templates) > 1 and step.queries > most:
         templates = templates[: len(templates) // 2]
-        step = _vector_step(task, templates, capabilities)
+        step = _vector_step(task, templates, capabilities, described)
     return templates, step
 
 
-def _vector_step(task: Task, templates: tuple[str, ...], capabilities: Capabilities) -> Step:
-    texts, _ = together(texts_under(task, templates))
+def _vector_step(
+    task: Task, templates: tuple[str, ...], capabilities: Capabilities, described: Described
+) -> Step:
+    texts = texts_of(texts_under(task, templates), described)
     why = f"the class texts' vectors under {len(templates)} templates: no image is shown for them"
     return make_step("texts", [TextEmbeddings(texts)], capabilities, why)
 

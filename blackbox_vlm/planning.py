@@ -167,6 +167,8 @@ def _plan(
             seed=options.seed,
             student=student,
             usable=fits,
+            descriptions=options.descriptions,
+            writer=writer,
         )
     return make_plan(
         task,
@@ -212,11 +214,12 @@ def _check_proposers(options: Options, method: Method | None, writer: Capabiliti
         raise InputError(
             "a local encoder is no part of CraFT; leave --local-encoder or --method out"
         )
-    if method is not Method.PROMPTS and (writer is not None or options.descriptions):
+    takes = (Method.PROMPTS, Method.COFT_PLUS)
+    if method not in takes and (writer is not None or options.descriptions):
         what = "a language model" if writer is not None else "descriptions"
         raise InputError(
-            f"{what} can help method 'prompts', and the method is "
-            f"{method.value if method else 'left to the plan'}; give --method prompts"
+            f"{what} can help the methods 'prompts' and 'coft+', and the method is "
+            f"{method.value if method else 'left to the plan'}; give --method prompts or coft+"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -18,6 +18,7 @@ from blackbox_vlm.collaboration import COFT, COFT_PLUS, Collaborated, collaborat
 from blackbox_vlm.craft.guard import Verdict
 from blackbox_vlm.craft.recipes import recipe_named
 from blackbox_vlm.deployment import Deployment, of_craft, of_heads
+from blackbox_vlm.describing import that_fit
 from blackbox_vlm.errors import InputError
 from blackbox_vlm.images import Image
 from blackbox_vlm.ledger import Ledger, Totals
@@ -27,6 +28,7 @@ from blackbox_vlm.observations import Logits, plain_logits, plain_requests
 from blackbox_vlm.observe.choose import HEADS
 from blackbox_vlm.observing import measured_noise, observe
 from blackbox_vlm.plan import Method, Plan, check_max_cost
+from blackbox_vlm.plan_coft import with_descriptions
 from blackbox_vlm.planning import Options, affordable, dry_run, fitting, parted
 from blackbox_vlm.prompting import tune_prompts
 from blackbox_vlm.prompts.templates import prompts
@@ -96,7 +98,7 @@ def tune(
     task, pool = parted(task, pool)
     made = affordable(task, pool, backend.capabilities, asked, written_by, backend)
     _check_label(label, options)
-    _check_texts(backend, task, options.descriptions)
+    _check_texts(backend, task, options, made)
     with ExitStack() as stack:
         model = _local_model(options, made, stack)  # or its refusal would leave a folder behind
         _claim(run, stack, description or {}, resume=resume)
@@ -234,6 +236,9 @@ async def _tune(
         searched = await craft(plain)
         assert isinstance(searched, Searched)  # it stops early only for a rival
         return of_craft(searched, recipe.name, plain, task, noise), None
+    if made.describes:
+        written = that_fit(backend, await local.describe(task.classes))
+        made = with_descriptions(made, task, meter.capabilities, written)
     encoder = local.encoder()
     observed = await observe(meter, task, made, options.seed, encoder)
     access, student = meter.capabilities.access, None
@@ -305,10 +310,12 @@ def _fingerprint(
     }
 
 
-def _check_texts(
-    backend: Backend, task: Task, descriptions: Mapping[str, Sequence[str]] | None
-) -> None:
+def _check_texts(backend: Backend, task: Task, options: Options, made: Plan) -> None:
     """Refuse a template or a description that does not fit the model, before anything is sent."""
     check_texts(backend, task.template, task.class_names)
-    for described in prompts(task.class_names, [], descriptions):
-        check_texts(backend, "{}", described.texts)
+    for texts in made.described if not made.describes else ():
+        if texts:
+            check_texts(backend, "{}", texts)
+    if made.races:
+        for described in prompts(task.class_names, [], options.descriptions):
+            check_texts(backend, "{}", described.texts)

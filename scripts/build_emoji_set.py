@@ -44,6 +44,7 @@ TEST_SHARE = 0.3  # part of a class's subjects that goes to the test side
 SAME_PICTURE = 6.0  # mean difference of two thumbnails (0 to 255) below which they are one picture
 
 NAME = "emoji"
+WRITTEN = "descriptions.json"  # by hand: it outlives a rebuild
 TEMPLATE = "a drawing of a {}."
 LICENCE = "Apache-2.0 AND CC-BY-4.0 AND MIT"
 SPLIT = (
@@ -606,7 +607,9 @@ def write_readme(out: Path, counts: dict[str, Any]) -> None:
         f"Credits, and the licence of each picture (the end of its name tells the set):\n\n"
         f"{credits}\n\n"
         f"Changes to all of them: drawn from SVG on white, reduced to {COLOURS} colours. None of"
-        f" the named owners endorses this project.\n",
+        f" the named owners endorses this project.\n\n"
+        f"`{WRITTEN}` says in a few sentences how each class looks, in the CuPL format (class name"
+        f" -> sentences). It was written for this project - Apache-2.0, as the code is.\n",
         encoding="utf-8",
     )
 
@@ -623,8 +626,10 @@ def build(out: Path) -> str:
         folders = [fetch(f"{v.package}@{v.version}", Path(scratch)) for v in VENDORS]
         sets = [IconSet(vendor, folder) for vendor, folder in zip(VENDORS, folders, strict=True)]
         sides = build_sides(sets, codepoints(folders[0]))
+        written = (out / WRITTEN).read_bytes() if (out / WRITTEN).exists() else b"{}"
         shutil.rmtree(out, ignore_errors=True)
         rows = write_pictures(sides, out)
+        (out / WRITTEN).write_bytes(written)
         about = meta(sides, rows)
         write_json(out / "meta.json", about)
         write_json(out / "files.json", rows)

@@ -14,7 +14,7 @@ from blackbox_vlm.backend import NO_LABEL
 from blackbox_vlm.coft import coft as phases
 from blackbox_vlm.coft import student
 from blackbox_vlm.coft.coft import Coft, Evidence, coft, high_confidence, look
-from blackbox_vlm.coft.dual import DualSettings
+from blackbox_vlm.coft.dual import Dual, DualSettings, train
 from blackbox_vlm.coft.filtering import Filtered, Judged, judge, select
 from blackbox_vlm.coft.guard import (
     HOTTEST,
@@ -334,6 +334,35 @@ def test_a_label_is_worth_something_to_both_phases() -> None:
         with_labels.student.posterior[::4], np.eye(6, dtype=np.float32)[shown.labels[::4]]
     )
     assert shown.accuracy(with_labels.student.posterior) > 0.9
+
+
+def test_every_iteration_starts_from_the_student_of_the_last_and_trusts_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trusted: list[Labels] = []
+    students: list[Student] = []
+
+    def watched_train(seen: Seen, labels: Labels, *rest: Any) -> Dual:
+        trusted.append(labels)
+        return train(seen, labels, *rest)
+
+    def watched_fit(*args: Any, **more: Any) -> Student:
+        students.append(fit(*args, **more))
+        return students[-1]
+
+    monkeypatch.setattr(phases, "train", watched_train)
+    monkeypatch.setattr(phases, "fit", watched_fit)
+    shown, none = world(), unknown(240)
+    made = layer(shown, iterations=3, seeds=0.25, growth=0.5)
+    assert (len(students), len(trusted), len(made.duals)) == (3, 6, 2)
+    assert made.student is students[-1]
+    posteriors = [softmax(shown.refined, axis=1), *(one.posterior for one in students)]
+    for turn, (posterior, share) in enumerate(zip(posteriors, (0.25, 0.75, 1.0), strict=False)):
+        wanted = high_confidence(posterior, none, share)
+        np.testing.assert_array_equal(trusted[2 * turn], wanted)
+        np.testing.assert_array_equal(trusted[2 * turn + 1], wanted)
+    same = students[-1].posterior.argmax(axis=1) == shown.refined.argmax(axis=1)
+    assert made.evidence.agreement_with_refined == pytest.approx(same.mean())
 
 
 # What is said of it -------------------------------------------------------------------------------

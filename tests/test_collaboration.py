@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from doubles import DIM, Floats, LinearWorld, declare, images
 from numpy.typing import NDArray
+from scipy.special import softmax
 from test_tuning import StopAfter, files, keys
 
 from blackbox_vlm import tuning
@@ -26,14 +27,15 @@ from blackbox_vlm.backend import (
     Request,
     ScoreKind,
 )
-from blackbox_vlm.coft.coft import coft
+from blackbox_vlm.coft.coft import Coft, coft
 from blackbox_vlm.coft.dual import DualSettings
 from blackbox_vlm.coft.settings import CoftSettings
-from blackbox_vlm.collaboration import COFT, Collaborated, Unlabelled, collaborate
+from blackbox_vlm.collaboration import COFT, COFT_PLUS, Collaborated, Unlabelled, collaborate
 from blackbox_vlm.errors import InputError, Interrupted, RunMismatch
 from blackbox_vlm.evaluation import predict
 from blackbox_vlm.images import Image
 from blackbox_vlm.observe.choose import HEADS, ZERO_SHOT
+from blackbox_vlm.observe.heads import Linear
 from blackbox_vlm.scores import predicted
 from blackbox_vlm.task import Task
 from blackbox_vlm.tuning import Options, dry_run, tune
@@ -175,6 +177,25 @@ def test_a_run_without_labels_makes_the_endpoint_better(
     assert right(predicted(made.zero_shot), pool) < 0.65
     assert right(predicted(made.tuned), pool) > right(predicted(made.zero_shot), pool) + 0.2
     check_adapter(world, tmp_path / "run", made)
+
+
+@pytest.mark.parametrize("access", [Access.EMBEDDINGS, Access.SCORES])
+def test_what_is_deployed_is_what_the_student_learned(
+    tmp_path: Path, found: list[Collaborated], monkeypatch: pytest.MonkeyPatch, access: Access
+) -> None:
+    """But for the temperature, through the metric and the map of its features."""
+    posteriors: list[NDArray[np.float32]] = []
+
+    def watched(*args: Any) -> Coft:
+        made = coft(*args)
+        posteriors.append(made.student.posterior)
+        return made
+
+    monkeypatch.setattr("blackbox_vlm.collaboration.coft", watched)
+    tune(bare(), Blobs(access), tmp_path / "run", asked())
+    temperature = found[0].deployment.ensemble.temperature
+    wanted = softmax(temperature * found[0].tuned, axis=1)
+    np.testing.assert_allclose(posteriors[0], wanted, atol=1e-3)
 
 
 def test_without_labels_no_accuracy_is_claimed(tmp_path: Path) -> None:
@@ -334,6 +355,50 @@ def test_pictures_of_the_pool_that_have_a_label_are_left_out_of_it(tmp_path: Pat
     assert result.unlabelled is not None
     assert result.unlabelled.n_images == POOL
     assert result.images_shown == len(task) * 3 + POOL  # with two views of each that has a label
+
+
+# -- CoFT+ -----------------------------------------------------------------------------------------
+
+
+def test_coft_plus_takes_the_place_of_coft_where_no_label_says_otherwise(
+    tmp_path: Path, found: list[Collaborated]
+) -> None:
+    world, plain = Blobs(), Blobs()
+    result = tune(bare(), world, tmp_path / "run", asked(method="coft+"))
+    assert (result.method, result.strategy) == (COFT_PLUS, COFT_PLUS)
+    assert result.reason.startswith("CoFT+: no label says")
+    check_adapter(world, tmp_path / "run", found[0])
+    tune(bare(), plain, tmp_path / "plain", asked())
+    assert set(keys(plain)) <= set(keys(world))
+    plan = dry_run(bare(), world.capabilities, asked(method="coft+"))
+    assert result.queries_spent == plan.queries == len(world.requests)
+    assert not np.array_equal(found[0].tuned, found[1].tuned)
+
+
+@pytest.mark.parametrize("better", [COFT, COFT_PLUS])
+def test_with_labels_the_better_of_both_is_deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: str
+) -> None:
+    """One of them learns that every picture is of the next class."""
+
+    def spoilt(views: Any, refined: Any, labels: Any, settings: CoftSettings, *rest: Any) -> Coft:
+        made = coft(views, refined, labels, settings, *rest)
+        if (settings.iterations > 1) == (better == COFT_PLUS):
+            return made
+        bias = np.roll(np.eye(CLASSES, dtype=np.float32)[0] * 500, settings.iterations)
+        return made._replace(student=made.student._replace(head=_biased(made, bias)))
+
+    monkeypatch.setattr("blackbox_vlm.collaboration.coft", spoilt)
+    task, pool = few(3)
+    world = Blobs()
+    result = tune(task, world, tmp_path / "run", asked(method="coft+"), pool=pool)
+    assert result.strategy == better
+    assert {COFT, COFT_PLUS} & set(result.out_of_fold_accuracy) == {better}
+    assert result.tuned_accuracy == result.out_of_fold_accuracy[better] > 0.9
+
+
+def _biased(made: Coft, bias: NDArray[np.float32]) -> Linear:
+    return made.student.head._replace(bias=made.student.head.bias + bias)
 
 
 # -- access ----------------------------------------------------------------------------------------

@@ -229,6 +229,34 @@ def test_training_learns_the_features_and_finds_the_lies() -> None:
     assert np.median(clean[labels == truth]) > 0.9 > 0.15 > np.median(clean[labels != truth])
 
 
+def test_no_label_is_corrected_during_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, _, labels = wave(n=60, n_classes=4, noise=0.1)
+    flags = []
+
+    def spied(dual: Dual, batch: Batch, settings: DualSettings, *, correct: bool) -> Tensor:
+        flags.append(correct)
+        return dual_loss(dual, batch, settings, correct=correct)
+
+    monkeypatch.setattr("blackbox_vlm.coft.dual.dual_loss", spied)
+    train(seen, labels, ones(seen), DualSettings(steps=10, warm_up=0.3), seed=0)
+    assert flags == [False] * 3 + [True] * 7
+
+
+def test_every_image_has_its_turn_before_one_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, _, labels = wave(n=60, n_classes=4, noise=0.1)
+    shown = []
+
+    def spied(dual: Dual, batch: Batch, settings: DualSettings, *, correct: bool) -> Tensor:
+        shown.append(batch.features)
+        return dual_loss(dual, batch, settings, correct=correct)
+
+    monkeypatch.setattr("blackbox_vlm.coft.dual.dual_loss", spied)
+    train(seen, labels, ones(seen), DualSettings(steps=6, batch_size=20), seed=0)
+    for epoch in (torch.cat(shown[:3]), torch.cat(shown[3:])):
+        assert len(epoch.unique(dim=0)) == 60
+    assert not torch.equal(shown[0], shown[3])
+
+
 def test_without_a_negative_prompt_it_stays_where_it_starts() -> None:
     seen, _, labels = wave(n=60, n_classes=4, noise=0.1)
     settings = DualSettings(negative_weight=0.0, steps=20)
@@ -302,7 +330,8 @@ def test_more_images_than_a_block_are_predicted_alike(monkeypatch: pytest.Monkey
         ([0, 1, 5], [1, 1, 1], "from 0 to 5, wanted 0 to 2"),
         ([0, 1, -2], [1, 1, 1], "from -2 to 1, wanted 0 to 2"),
         ([0, 1, 2], [1, -1, 1], "negative"),
-        ([0, 1, 2], [1, np.nan, 1], "not a number"),
+        ([0, 1, 2], [1, np.nan, 1], "not finite"),
+        ([0, 1, 2], [1, np.inf, 1], "not finite"),
         ([0, -1, -1], [0, 1, 1], "no image has a pseudo-label with a weight"),
     ],
 )

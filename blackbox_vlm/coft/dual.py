@@ -92,8 +92,8 @@ def init(
 ) -> Dual:
     """Parameters under which s+ and s- are what the prior says; A is uniform in -1 to 1.
 
-    Features have a mean squared length of 1, whatever their number, and so do the units of `x A`,
-    up to a third.
+    As features have a mean squared length of 1, the units of `x A` have a mean square of 1/3,
+    however many features there are.
     """
     inner = torch.empty(n_features, settings.hidden).uniform_(-1, 1, generator=generator)
     return Dual(
@@ -227,7 +227,7 @@ def check(seen: Seen, labels: Labels, weights: Floats) -> None:
             f" or {NO_LABEL} for an image that is not used"
         )
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise InputError("got a weight that is negative or not a number: give 0 or more")
+        raise InputError("got a weight that is negative or not finite: give a number from 0")
     if not ((labels != NO_LABEL) & (weights > 0)).any():
         raise InputError("no image has a pseudo-label with a weight: give at least one")
 
