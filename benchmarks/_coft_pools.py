@@ -46,7 +46,7 @@ def drawn(train: Task, cell: Cell) -> tuple[Task, tuple[Image, ...]]:
     if cell.shots:
         task = train.sample(cell.shots, cell.seed)
     pool, labels = task.rest_of(train.images), dict(_by_content(train))
-    hidden = np.array([labels[image.sha256] for image in pool])
+    hidden = np.array([labels[image.sha256] for image in pool], dtype=np.int64)
     counts = np.bincount(hidden, minlength=len(train.class_names))
     if not counts.min():
         raise InputError(f"at {cell.shots} shots, a class has no image left for the pool")

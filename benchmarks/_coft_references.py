@@ -38,6 +38,7 @@ from blackbox_vlm.tuning import dry_run
 
 FEW_SHOT = "few-shot student"
 ZERO_SHOT = "zero-shot"
+START, EVENED = "start", ", evened"  # what CoFT starts from
 TOP = 16  # pseudo-labels per class
 FULL = CoftSettings()
 CHANGED = {
@@ -54,13 +55,16 @@ NOT_EVENED = "not evened"  # pseudo-labels start from zero-shot as it is
 class Pass(NamedTuple):
     """Answers about labelled images and pool `(n, K)` and test images `(m, K)`.
 
-    `seen` and `unseen` are the endpoint's own logits of them. Answers are in the metric, if any.
+    `seen` and `unseen` are the logits of them that CoFT starts from, under the mean of the text
+    prompts where vectors are returned; `own` are those of the test images under the task's own.
+    Answers are in the metric, if any.
     """
 
     answers: Floats
     seen: Floats
     test: Floats
     unseen: Floats
+    own: Floats
     power: float
     ridge: float
 
@@ -82,15 +86,16 @@ def asked(
         asking = ask(Meter(box, book), observed.question, test.images, test.classes, "test")
         shown = run_sync(asking)
     answers, metric = np.concatenate([observed.answers, observed.pool]), observed.metric
-    zero_shot = (centred(rows @ observed.readout) for rows in (answers, shown))
+    readout = observed.observation.readout
+    seen, unseen = (centred(rows @ readout) for rows in (answers, shown))
+    own = centred(shown @ observed.readout)
     even = metric is not None or box.capabilities.access is Access.EMBEDDINGS
-    seen, unseen = zero_shot
     if metric is not None:
         answers, shown = apply(metric, answers), apply(metric, shown)
     power, ridge = settings.power, settings.ridge
     if not even:
         power, ridge = settings.score_power, settings.score_ridge
-    return Pass(answers, seen, shown, unseen, power, ridge)
+    return Pass(answers, seen, shown, unseen, own, power, ridge)
 
 
 def few_shot(
@@ -99,7 +104,7 @@ def few_shot(
     """The student of CoFT's second phase, on the labelled images alone.
 
     Features are fitted to these images, and their labels leave nothing to expect: one round of
-    (1), then its logits are added to the endpoint's own.
+    (1), then its logits are added to those that the text prompts give.
     """
     assert task.labels is not None
     found, settings = asked(cell, task, (), test, box, folder), FULL
@@ -124,8 +129,8 @@ def references(
 ) -> dict[str, Any]:
     """Without labels: zero-shot, one head on pseudo-labels, and the transductive heads.
 
-    Each is fitted to the pool and then asked about the test images one by one, with the endpoint's
-    logits as they are, and evened out (`mass.evening`).
+    Each is fitted to the pool and then asked about the test images one by one, with the logits that
+    CoFT starts from as they are, and evened out (`mass.evening`), which CoFT does.
     """
     found = asked(cell, task, pool, test, box, folder)
     (shown, unseen), offset = found.view(), evening(found.seen).astype(np.float32)
@@ -136,9 +141,9 @@ def references(
     def measure(head: Fitted, plus: Floats) -> dict[str, float]:
         return figures(predicted(logits(head, Seen(unseen, found.unseen + plus))), test, cell.seed)
 
-    measured = {ZERO_SHOT: figures(predicted(found.unseen), test, cell.seed)}
-    measured["evened"] = figures(predicted(found.unseen + offset), test, cell.seed)
-    for suffix, plus in (("", np.zeros_like(offset)), (", evened", offset)):
+    starts = {ZERO_SHOT: found.own, START: found.unseen, f"{START}{EVENED}": found.unseen + offset}
+    measured = {name: figures(predicted(of), test, cell.seed) for name, of in starts.items()}
+    for suffix, plus in (("", np.zeros_like(offset)), (EVENED, offset)):
         even = Seen(shown, found.seen + plus)
         measured[f"top {TOP}{suffix}"] = measure(top_head(even), plus)
         for name, method in (("TransCLIP", transclip), ("StatA", stata)):

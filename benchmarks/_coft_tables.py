@@ -8,13 +8,13 @@ from typing import Any
 
 from _coft_cells import ABLATIONS, COFT, PLUS, REFINED
 from _coft_pools import Cell
-from _coft_references import FEW_SHOT, TOP, ZERO_SHOT
+from _coft_references import EVENED, FEW_SHOT, START, TOP, ZERO_SHOT
 from _tables import Pair, average, paired, share, table
 
 Found = dict[Pair, float]
 TOP_HEAD = f"top {TOP}"
-UNEVENED = (TOP_HEAD, "TransCLIP", "StatA")
-NO_LABELS = tuple(f"{name}{suffix}" for name in UNEVENED for suffix in ("", ", evened"))
+UNEVENED = (START, TOP_HEAD, "TransCLIP", "StatA")
+NO_LABELS = tuple(f"{name}{suffix}" for name in UNEVENED for suffix in ("", EVENED))
 FIELDS = ("accuracy", "macro", "rare")  # recall of classes, and of their rarer half
 BELOW = 1.0  # point, that counts as below
 
@@ -109,16 +109,11 @@ def by_data(
 
 def without_labels(rows: Rows, kind: str) -> str:
     """CoFT against what else can be done without a label."""
-    ours, plain = rows.of(kind, COFT), rows.of(kind, ZERO_SHOT)
-    others = {name: rows.of(kind, name) for name in NO_LABELS}
-    columns = {ZERO_SHOT: plain, **others, "**CoFT**": ours}
-    differences = {
-        f"CoFT - {name}": (ours, rows.of(kind, name)) for name in (ZERO_SHOT, *NO_LABELS)
-    }
-    kept = {k: v for k, v in differences.items() if k.endswith((ZERO_SHOT, "evened"))}
-    header, lines = by_data(rows, columns, kept)
-    lines.append(["CoFT minus it", *(paired(ours, c) for c in columns.values())])
-    lines[-1] += [""] * (len(header) - len(lines[-1]))
+    names = (ZERO_SHOT, *NO_LABELS)
+    columns = {name: rows.of(kind, name) for name in names} | {"**CoFT**": rows.of(kind, COFT)}
+    ours, plain = columns["**CoFT**"], columns[ZERO_SHOT]
+    header, lines = by_data(rows, columns, {"CoFT - zero-shot": (ours, plain)})
+    lines.append(["CoFT minus it", *(paired(ours, columns[name]) for name in names), "", ""])
     return table(f"No labels, {kind}", header, lines)
 
 
@@ -126,16 +121,14 @@ def by_access(rows: Rows) -> str:
     """What of the embeddings' gain scores with a bank have."""
     full, few = rows.of("embeddings", COFT), rows.of("logits", COFT)
     plain = rows.of("embeddings", ZERO_SHOT)
-    header, lines = by_data(
-        rows,
-        {ZERO_SHOT: plain, "embeddings": full, "logits": few},
-        {"embeddings - zero-shot": (full, plain), "logits - zero-shot": (few, plain)},
-    )
-    for line in lines:
-        names = {p[0] for p in full} if line[0] == "average" else {str(line[0])}
-        shown = ({p: v for p, v in found.items() if p[0] in names} for found in (few, full, plain))
-        line.append(f"{100 * share(*shown):.0f} %")
-    return table("No labels, by access", [*header, "share of the embeddings' gain"], lines)
+    columns = {ZERO_SHOT: plain, "embeddings": full, "logits": few}
+    differences = {
+        f"{name} - zero-shot": (columns[name], plain) for name in ("embeddings", "logits")
+    }
+    header, lines = by_data(rows, columns, differences)
+    part = share(few, full, plain)
+    lines.append(["share of the gain", "", "", f"{100 * part:.0f} %", "", ""])
+    return table("No labels, by access", header, lines)
 
 
 def few_labels(rows: Rows, kind: str) -> str:
@@ -209,6 +202,7 @@ def plus(rows: Rows) -> str:
     def line(kind: str, shots: int, tail: bool) -> list[object]:
         more, ours = (rows.of(kind, method, shots, tail) for method in (PLUS, COFT))
         gain = paired(more, ours)
+        ours = {pair: ours[pair] for pair in more if pair in ours}
         pool = "long-tailed" if tail else "balanced"
         return [kind, shots, pool, average(ours), average(more), gain, gain.n]
 
@@ -241,7 +235,7 @@ def overstated(rows: Rows) -> str:
         for kind in rows.kinds
         for tail in (False, True)
         for data in (*([] if tail else rows.data), None)
-        if rows.of(kind, COFT, 0, tail)
+        if any(data in (None, name) for name, _ in rows.of(kind, COFT, 0, tail))
     ]
     header = ["access", "pool", "data set", "test accuracy", *names]
     header += [f"{name} - accuracy" for name in names]

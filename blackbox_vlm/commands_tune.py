@@ -246,7 +246,7 @@ def _show_result(result: TuneResult, *, as_json: bool) -> None:
         print_json(dataclasses.asdict(result))
         return
     print_table(
-        f"{result.n_images} labelled images, strategy {result.strategy}",
+        f"{_shown(result)}, strategy {result.strategy}",
         [
             *_accuracies(result),
             ("queries spent", f"{result.queries_spent} of {result.budget}"),
@@ -267,6 +267,15 @@ def _show_result(result: TuneResult, *, as_json: bool) -> None:
         )
 
 
+def _shown(result: TuneResult) -> str:
+    """Which images it was tuned on."""
+    labelled = f"{result.n_images} labelled images"
+    if result.unlabelled is None:
+        return labelled
+    others = f"{result.unlabelled.n_images} images without labels"
+    return f"{labelled} and {others}" if result.n_images else others
+
+
 def _accuracies(result: TuneResult) -> list[tuple[str, str]]:
     """Where no image is labelled, there is none."""
     if result.zero_shot_accuracy is None:
@@ -283,7 +292,6 @@ def _unlabelled(result: TuneResult) -> list[tuple[str, str]]:
     if said is None:
         return []
     return [
-        ("images without labels", str(said.n_images)),
         ("two models agree on", percent(said.agreement)),
         ("pseudo-labels kept", percent(said.coverage)),
         ("mean cleanliness (no accuracy)", percent(said.cleanliness)),

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from blackbox_vlm._classes import fold
 from blackbox_vlm.adapter import Adapter, Predictions, to_predictions
 from blackbox_vlm.backend import Backend
 from blackbox_vlm.batching import distinct
@@ -157,15 +158,15 @@ def match_labels(adapter: Adapter, task: Task) -> NDArray[np.int64]:
         raise InputError("evaluation needs labelled images; use `predict` for unlabelled ones")
     if not len(task):
         raise InputError("there are no images to evaluate on; give some")
-    index = {name: i for i, name in enumerate(adapter.classes.names)}
-    unknown = [name for name in task.class_names if name not in index]
+    index = {fold(name): i for i, name in enumerate(adapter.classes.names)}
+    unknown = [name for name in task.class_names if fold(name) not in index]
     if unknown:
         raise InputError(
             f"the images have the class {unknown[0]!r} ({len(unknown)} such), which the adapter "
             f"was not tuned for; its classes are {', '.join(map(repr, adapter.classes.names[:5]))}"
             "..."
         )
-    return np.array([index[name] for name in task.class_names])[task.labels]
+    return np.array([index[fold(name)] for name in task.class_names])[task.labels]
 
 
 def _allowed(budget: int | None, cost: int, what: str) -> int:

@@ -173,10 +173,10 @@ def _with_wide_bank(plan: Plan, task: Task, capabilities: Capabilities) -> Plan:
 
 def _why(question: Question, capabilities: Capabilities) -> str:
     if capabilities.access is Access.EMBEDDINGS:
-        return "every training image's vector, once; all that follows is local"
+        return "every image's vector, once; all that follows is local"
     if capabilities.access is Access.LABEL:
-        return f"every training image under {len(question.lists)} questions to choose from"
-    return f"every training image against {sum(map(len, question.lists))} texts, once"
+        return f"every image under {len(question.lists)} questions to choose from"
+    return f"every image against {sum(map(len, question.lists))} texts, once"
 
 
 def _text_step(

@@ -12,7 +12,7 @@ from scipy.special import softmax
 
 from blackbox_vlm.backend import NO_LABEL
 from blackbox_vlm.coft import coft as phases
-from blackbox_vlm.coft import student
+from blackbox_vlm.coft import filtering, student
 from blackbox_vlm.coft.coft import Coft, Evidence, coft, high_confidence, look
 from blackbox_vlm.coft.dual import Dual, DualSettings, train
 from blackbox_vlm.coft.filtering import Filtered, Judged, judge, select
@@ -350,7 +350,7 @@ def test_every_iteration_starts_from_the_student_of_the_last_and_trusts_more(
         students.append(fit(*args, **more))
         return students[-1]
 
-    monkeypatch.setattr(phases, "train", watched_train)
+    monkeypatch.setattr(filtering, "train", watched_train)
     monkeypatch.setattr(phases, "fit", watched_fit)
     shown, none = world(), unknown(240)
     made = layer(shown, iterations=3, seeds=0.25, growth=0.5)
@@ -384,7 +384,7 @@ def test_the_evidence_is_of_unlabelled_images_alone(monkeypatch: pytest.MonkeyPa
         kept.append(select(*args, **more))
         return kept[-1]
 
-    monkeypatch.setattr(phases, "judge", watched_judge)
+    monkeypatch.setattr(filtering, "judge", watched_judge)
     monkeypatch.setattr(phases, "select", watched_select)
     made = layer(shown, labels)
     said, [models], [chosen] = made.evidence, judged, kept
@@ -506,7 +506,7 @@ def test_a_pool_of_few_classes_is_no_collapse() -> None:
 def test_the_expected_gain_is_a_posterior_mean() -> None:
     gains = np.array([1.0] * 10 + [-1.0] * 25 + [0.0] * 65)
     precision = 100 / (gains.var() + 0.01)
-    wanted = (0.03 / 0.04**2 + precision * -0.15) / (1 / 0.04**2 + precision)
+    wanted = (0.03 / 0.08**2 + precision * -0.15) / (1 / 0.08**2 + precision)
     assert expected_gain(gains) == pytest.approx(wanted)
     assert wanted < 0
 

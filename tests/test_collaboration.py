@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from doubles import DIM, Floats, LinearWorld, declare, images
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import log_softmax
 from test_tuning import StopAfter, files, keys
 
 from blackbox_vlm import tuning
@@ -194,8 +194,10 @@ def test_what_is_deployed_is_what_the_student_learned(
     monkeypatch.setattr("blackbox_vlm.collaboration.coft", watched)
     tune(bare(), Blobs(access), tmp_path / "run", asked())
     temperature = found[0].deployment.ensemble.temperature
-    wanted = softmax(temperature * found[0].tuned, axis=1)
-    np.testing.assert_allclose(posteriors[0], wanted, atol=1e-3)
+    said = log_softmax(temperature * found[0].tuned, axis=1)
+    told = posteriors[0] > 1e-20  # less may be nothing in float32
+    np.testing.assert_allclose(np.log(posteriors[0][told]), said[told], atol=0.01)
+    assert told.mean() > 0.5
 
 
 def test_without_labels_no_accuracy_is_claimed(tmp_path: Path) -> None:
@@ -371,7 +373,7 @@ def test_coft_plus_takes_the_place_of_coft_where_no_label_says_otherwise(
     tune(bare(), plain, tmp_path / "plain", asked())
     assert set(keys(plain)) <= set(keys(world))
     plan = dry_run(bare(), world.capabilities, asked(method="coft+"))
-    assert result.queries_spent == plan.queries == len(world.requests)
+    assert result.queries_spent == plan.queries
     assert not np.array_equal(found[0].tuned, found[1].tuned)
 
 

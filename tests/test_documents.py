@@ -23,8 +23,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_example_runs(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+@pytest.mark.parametrize("code", blocks("python"), ids=["pool", "labelled"])
+def test_the_python_examples_run(tmp_path: Path, code: str) -> None:
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -35,9 +35,9 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    strategy, before, *_ = done.stdout.split()
-    assert strategy in {"zero-shot", "heads", "prompt", "refiner", "prompt+refiner"}
-    assert 0 <= float(before) <= 1
+    strategy, share, *_ = done.stdout.split()
+    assert strategy in {"zero-shot", "heads", "prompt", "refiner", "prompt+refiner", "coft"}
+    assert 0 <= float(share) <= 1
 
 
 def commands() -> list[list[str]]:

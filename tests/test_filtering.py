@@ -11,13 +11,10 @@ import torch
 from blackbox_vlm.backend import NO_LABEL
 from blackbox_vlm.coft.dual import Dual, DualSettings, cleanliness, predict, train
 from blackbox_vlm.coft.filtering import (
-    Filtered,
     Judged,
     best_of_each,
     collaborate,
-    everything,
     judge,
-    recover,
     select,
 )
 from blackbox_vlm.errors import InputError
@@ -31,11 +28,11 @@ EVEN = np.full(C, 1 / C)
 def judged(
     labels: Labels, clean: Floats, others: Labels | None = None, n_classes: int = C
 ) -> Judged:
-    """What models say that name `labels` and `others`; both find a label equally clean."""
+    """What models say that name `labels` and `others`, the second more surely."""
     second = labels if others is None else others
     posterior = np.full((len(labels), n_classes), 0.1, dtype=np.float32)
-    posterior[np.arange(len(labels)), labels] += 0.3
-    posterior[np.arange(len(labels)), second] += 0.2
+    posterior[np.arange(len(labels)), labels] += 0.2
+    posterior[np.arange(len(labels)), second] += 0.3
     return Judged(np.stack([labels, second]), np.stack([clean, clean]), posterior)
 
 
@@ -101,11 +98,11 @@ def test_a_single_model_judges_itself(pair: tuple[list[Dual], list[Seen]]) -> No
 
 def test_what_the_two_keep_is_right_more_often() -> None:
     first, second, truth, labels = clusters(400)
-    found = collaborate([first, second], labels, ones(400), SETTINGS, seed=0)
+    _, found = collaborate([first, second], labels, ones(400), SETTINGS, seed=0)
     kept = select(found, EVEN)
     mine = kept.labels != NO_LABEL
     right = kept.labels[mine] == truth[mine]
-    everywhere = everything(found).labels == truth
+    everywhere = found.named == truth
     assert (labels == truth).mean() < 0.75
     assert everywhere.mean() > (labels == truth).mean() + 0.05
     assert right.mean() > everywhere.mean() + 0.05
@@ -113,11 +110,11 @@ def test_what_the_two_keep_is_right_more_often() -> None:
 
 def test_the_models_have_different_seeds_and_the_same_labels() -> None:
     first, second, _, labels = clusters()
-    found = collaborate([first, second], labels, ones(), SETTINGS, seed=5)
+    _, found = collaborate([first, second], labels, ones(), SETTINGS, seed=5)
     duals = [train(v, labels, ones(), SETTINGS, seed) for seed, v in ((5, first), (6, second))]
     for one, other in zip(found, judge(duals, [first, second]), strict=True):
         assert np.array_equal(one, other)
-    twice = collaborate([first, first], labels, ones(), SETTINGS, seed=5)
+    _, twice = collaborate([first, first], labels, ones(), SETTINGS, seed=5)
     assert not np.array_equal(twice.clean[0], twice.clean[1])
 
 
@@ -191,48 +188,6 @@ def test_selection_is_the_same_for_classes_in_another_order(said: Judged) -> Non
     assert np.array_equal(order[other.labels[kept]], plain.labels[kept])
     assert (other.labels[~kept] == NO_LABEL).all()
     assert np.array_equal(other.statistics.counts, plain.statistics.counts[order])
-
-
-NAMED = np.array([0, 0, 1, 1, 0, 1])
-KEPT = np.array([0, NO_LABEL, 1, NO_LABEL, NO_LABEL, NO_LABEL])
-INDICES = np.array([[1, 2], [0, 2], [0, 1], [0, 2], [1, 5], [0, 2]])
-COSINES = np.array(
-    [[0.9, 0.1], [0.9, 0.8], [0.9, 0.1], [0.9, 0.8], [0.9, 0.9], [-0.9, 0.1]], dtype=np.float32
-)
-
-
-def kept_images() -> tuple[Judged, Filtered]:
-    found = judged(NAMED, np.ones(6, dtype=np.float32), n_classes=2)
-    statistics = everything(found).statistics
-    return found, Filtered(KEPT, (KEPT != NO_LABEL).astype(np.float32), statistics)
-
-
-def test_neighbours_give_labels_back() -> None:
-    """1: its nearer neighbour agrees; 3: it does not; 4: its neighbours have none; 5: one votes."""
-    found, kept = kept_images()
-    more = recover(found, kept, INDICES, COSINES, rounds=1)
-    assert more.labels.tolist() == [0, 0, 1, NO_LABEL, NO_LABEL, 1]
-    assert more.weights.tolist() == [1, 1, 1, 0, 0, 1]
-    assert more.statistics.counts.tolist() == [2, 2]
-    assert more.statistics.coverage == pytest.approx(4 / 6)
-
-
-def test_what_was_recovered_votes_in_the_next_round() -> None:
-    """1, which came back as 0, is a neighbour of 4."""
-    found, kept = kept_images()
-    assert recover(found, kept, INDICES, COSINES, rounds=1).labels[4] == NO_LABEL
-    cosines = COSINES.copy()
-    cosines[4] = [0.9, 0.8]
-    assert recover(found, kept, INDICES, cosines).labels.tolist() == [0, 0, 1, NO_LABEL, 0, 1]
-
-
-def test_without_filtering_every_image_has_its_class(said: Judged) -> None:
-    all_of_them = everything(said)
-    assert np.array_equal(all_of_them.labels, said.posterior.argmax(axis=1))
-    assert (all_of_them.weights == 1).all()
-    assert all_of_them.statistics.coverage == 1
-    assert all_of_them.statistics.agreement == 0.5
-    assert all_of_them.statistics.counts.sum() == N
 
 
 @pytest.mark.parametrize(

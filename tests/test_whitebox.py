@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,7 +188,7 @@ def test_the_negative_loss_reaches_the_image_in_coft_and_not_in_deft(
 
     def gradient(weight: float) -> Tensor:
         settings = COFT.changed(negative_weight=weight, negative_reaches_visual=reaches)
-        loss = dual_loss(learner, vectors, labels, settings, gated=False)
+        loss = dual_loss(learner, vectors, labels, torch.tensor(True), settings)
         return torch.autograd.grad(loss, vectors)[0]
 
     assert torch.allclose(gradient(1.0), gradient(0.0)) is not reaches
@@ -196,7 +199,7 @@ def test_s_plus_is_detached_in_the_negative_loss(learner: Learner) -> None:
 
     def gradients(weight: float) -> tuple[Tensor, ...]:
         settings = COFT.changed(negative_weight=weight)
-        loss = dual_loss(learner, vectors, labels, settings, gated=False)
+        loss = dual_loss(learner, vectors, labels, torch.tensor(True), settings)
         both = (learner.positive, learner.negative)
         return torch.autograd.grad(loss, both, allow_unused=True, materialize_grads=True)
 
@@ -206,7 +209,7 @@ def test_s_plus_is_detached_in_the_negative_loss(learner: Learner) -> None:
     assert without[1].abs().max() == 0
 
 
-def test_once_gated_only_clean_images_are_classified(learner: Learner) -> None:
+def test_only_clean_images_and_trusted_ones_are_classified(learner: Learner) -> None:
     settings = COFT.changed(negative_weight=0.0)
     vectors, labels = unit_rows(8), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     scale = learner.prompts.model.logit_scale
@@ -214,11 +217,12 @@ def test_once_gated_only_clean_images_are_classified(learner: Learner) -> None:
     positive = scale * vectors @ learner.class_vectors().T
     negative = scale * vectors @ learner.prompts.class_vectors(learner.negative).T
     clean = cleanliness(positive, negative, labels) > 0.5
-    assert 0 < clean.sum() < len(clean)
-    got = dual_loss(learner, vectors, labels, settings, gated=True)
-    torch.testing.assert_close(got, F.cross_entropy(positive[clean], labels[clean]))
-    got = dual_loss(learner, vectors, labels, settings, gated=False)
-    torch.testing.assert_close(got, F.cross_entropy(positive, labels))
+    dirty = torch.where(~clean)[0]
+    assert 1 < len(dirty) < 8
+    trusted = torch.zeros(8, dtype=torch.bool)
+    for chosen in (clean, clean.clone().index_fill(0, dirty[:1], True), clean | True):
+        got = dual_loss(learner, vectors, labels, trusted | (chosen & ~clean), settings)
+        torch.testing.assert_close(got, F.cross_entropy(positive[chosen], labels[chosen]))
 
 
 # Selection
@@ -324,7 +328,7 @@ def test_phase_1_trains_contexts_and_the_last_layers(learner: Learner, task: Tas
     pixels = load_pixels(task.images, small_pixels)
     labels, before = torch.tensor(task.labels), weights_of(learner.visual)
     contexts = learner.positive.detach().clone(), learner.negative.detach().clone()
-    phase_1(learner, pixels, labels, SHORT.changed(adapted_share=0.7), lambda: None)
+    phase_1(learner, pixels, labels, labels < 0, SHORT.changed(adapted_share=0.7), lambda: None)
     assert changed(before, learner.visual) == {"pointwise.weight", "head.weight"}
     assert not torch.equal(learner.positive, contexts[0])
     assert not torch.equal(learner.negative, contexts[1])
@@ -351,9 +355,9 @@ def test_images_without_a_label_are_not_learnt_from(learner: Learner, task: Task
     other = copy.deepcopy(learner)
     other.generator = torch.Generator().manual_seed(1)
     learner.generator = torch.Generator().manual_seed(1)
-    phase_1(learner, pixels, labels, SHORT, lambda: None)
+    phase_1(learner, pixels, labels, labels < 0, SHORT, lambda: None)
     pixels[1::2] = 0
-    phase_1(other, pixels, labels, SHORT, lambda: None)
+    phase_1(other, pixels, labels, labels < 0, SHORT, lambda: None)
     assert torch.equal(learner.positive, other.positive)
 
 
@@ -454,6 +458,24 @@ def test_it_stops_where_it_is_asked_to(tiny: WhiteBox, task: Task) -> None:
         )
 
 
+def test_given_labels_are_seeds_that_nothing_gates(
+    tiny: WhiteBox, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.full(len(task), -1)
+    labels[[0, 7, 12]] = 2, 0, 1  # wrong ones, so that no seed is the same by chance
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(learner: Learner, pixels: Tensor, given: Tensor, sure: Tensor, *rest: Any) -> None:
+        seen.append((given, sure))
+
+    monkeypatch.setattr("blackbox_vlm.whitebox.coft.phase_1", spy)
+    run(tiny, task, SHORT.changed(full_tuning=False), labels=labels)
+    assert len(seen) == 2
+    for given, sure in seen:
+        assert given[[0, 7, 12]].tolist() == [2, 0, 1]
+        assert torch.where(sure)[0].tolist() == [0, 7, 12]
+
+
 def test_descriptions_change_what_zero_shot_believes(tiny: WhiteBox, task: Task) -> None:
     texts = {name: [f"a {name}, as children draw it"] for name in task.class_names}
     settings = SHORT.changed(models=1, full_tuning=False)
@@ -532,3 +554,70 @@ def test_no_image_is_read_twice(
     monkeypatch.setattr(type(task.images[0]), "load", counted)
     run(tiny, task, SHORT)
     assert sorted(read) == sorted(image.path for image in task.images)
+
+
+# The benchmark
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+        yield import_module("whitebox_coft")
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four training and two test drawings of each of two classes."""
+    folder = tmp_path_factory.mktemp("split")
+    for part, count in (("train", 4), ("test", 2)):
+        for name in ("bird", "drink"):
+            (folder / part / name).mkdir(parents=True)
+            for file in sorted((demo_folder() / part / name).iterdir())[:count]:
+                shutil.copy(file, folder / part / name)
+    return folder
+
+
+def a_cell(benchmark: Any, split: Path, variant: str, **changes: Any) -> Any:
+    cell = benchmark.Cell(str(split), variant, 0, 0, 6, "nano", "", "-")
+    return cell._replace(**changes)
+
+
+def test_the_benchmark_hides_labels_but_for_the_shots(benchmark: Any, split: Path) -> None:
+    task = Task.from_folder(split)
+    few, labels = benchmark.drawn(task, a_cell(benchmark, split, "CoFT"))
+    assert len(few) == 6
+    assert (labels == -1).all()
+    cell = a_cell(benchmark, split, "CoFT", shots=1, images=3)
+    few, labels = benchmark.drawn(task, cell)
+    assert len(few) == 3
+    assert sorted(labels) == [-1, 0, 1]
+    shown = labels != -1
+    assert np.array_equal(labels[shown], few.labels[shown])
+    expected = {image.sha256 for image in task.sample(1, 0).images}
+    assert {few.images[i].sha256 for i in np.flatnonzero(shown)} == expected
+
+
+def test_every_variant_of_the_benchmark_is_other_settings(benchmark: Any) -> None:
+    settings = {name: benchmark.settings_of(name) for name in benchmark.VARIANTS}
+    assert settings.pop("zero-shot") == COFT
+    assert len(set(settings.values())) == len(settings)
+    assert settings["CoFT+"] == COFT_PLUS
+    digests = {benchmark.digest(name) for name in settings}
+    assert len(digests) == len(settings)
+
+
+def test_the_benchmark_prints_what_it_measured(
+    benchmark: Any, split: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = SHORT.changed(models=1, phase_1_steps=1, phase_2_steps=1, train_size=2 / 7)
+    monkeypatch.setattr(benchmark, "settings_of", lambda variant: short)
+    names = ["zero-shot", "CoFT+"]
+    rows = [benchmark.run(a_cell(benchmark, split, name)) for name in names]
+    given = SimpleNamespace(shots=0, seeds=[0], images=6, model="nano", variants=names)
+    benchmark.print_tables(json.loads(json.dumps(rows)), given)
+    shown = capsys.readouterr().out
+    first, last = rows[0]["accuracy"], rows[1]["accuracy"]
+    assert f"| {split.name} | {first:.1f} | {last:.1f} |" in shown
+    assert "| data set | zero-shot | phase 1, round 1 | phase 2 |" in shown
+    assert rows[1]["n_train"] == 6

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from blackbox_vlm.backend import NO_LABEL
-from blackbox_vlm.coft.dual import Dual, train
-from blackbox_vlm.coft.filtering import Judged, best_of_each, judge, select
+from blackbox_vlm.coft.dual import Dual
+from blackbox_vlm.coft.filtering import Judged, best_of_each, collaborate, select
 from blackbox_vlm.coft.settings import CoftSettings
 from blackbox_vlm.coft.student import Student, class_mass, fit
 from blackbox_vlm.observe.features import FeatureMap, View, features, fit_map
@@ -128,10 +128,7 @@ def _first_phase(
     """Dual prompts and adapters of the models, and what these say of each other's labels."""
     halves = views.halves if settings.two_models else (views.whole,)
     seen, even = [Seen(half, refined) for half in halves], np.ones(len(refined), dtype=np.float32)
-    duals = tuple(
-        train(view, trusted, even, settings.dual, seed + turn) for turn, view in enumerate(seen)
-    )
-    return duals, judge(duals, seen)
+    return collaborate(seen, trusted, even, settings.dual, seed)
 
 
 def _second_phase(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NO_LABEL = -1
+from blackbox_vlm.backend import NO_LABEL
 
 
 class Contrast(NamedTuple):

@@ -2,19 +2,15 @@
 
 Wang, Meng, Cai, Song, Xia, arXiv 2602.04337: two models with dual prompts (see dual.py) differ in
 what they see, start from and are shown first, and so in their mistakes. Each names a class for
-every image, and the other says how clean that label is. The abstract also asks to recover what is
-informative among the rest, and leaves both rules open. These are ours:
+every image, and the other says how clean that label is. The abstract leaves the rule open. Ours: of
+the images that the models agree on, each class keeps those whose label is cleanest to the model
+that thinks worse of it, in proportion to the class's mass. The mass is given; a rare class keeps
+few images, and one at least.
 
-- `select`: of the images that the models agree on, each class keeps those whose label is cleanest
-  to the model that thinks worse of it, in proportion to the class's mass. The mass is given; a rare
-  class keeps few images, and one at least.
-- `recover`: an image that was not kept gets its label back where its nearest neighbours among those
-  kept name the same class as the models do. What a model is unsure of, the others near by know.
-
-Neither has a threshold on p_clean. On the development sets (see observe/choose.py), to leave out
-labels of p_clean < 1/2 changed nothing at a share of 0.3, and gained a student nothing at 0.7,
-since it left out a third of them; nor did weights by p_clean or by confidence. A share of 0.3 with
-recovery labels 0.75 of the images, and is right about more of them than a share of 0.7 without.
+There is no threshold on p_clean. On the development sets (see observe/choose.py), to leave out
+labels of p_clean < 1/2 gained a student nothing, since it left out a third of them; nor did weights
+by p_clean or by confidence. What is not kept is recovered by the student (settings.py): coverage
+was worth as much to it as precision.
 
 None of the figures here is an accuracy. Models that learn from the same wrong labels agree on them.
 """
@@ -26,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from scipy.special import softmax
 
 from blackbox_vlm.backend import NO_LABEL
@@ -36,9 +31,8 @@ from blackbox_vlm.observe.heads import Floats, Labels, Seen, class_counts
 
 Mask = NDArray[np.bool_]
 
-SHARE = 0.3  # of a class's images that `select` keeps
+SHARE = 0.7  # of a class's images that `select` keeps
 FLOOR = 0.3  # of all images that it keeps at least, if the models agree on so many
-ROUNDS = 2  # of recovery
 MASS_ERROR = 1e-3  # by which a class mass may miss 1: it may be float32
 
 
@@ -91,7 +85,7 @@ class Filtered(NamedTuple):
 
 def collaborate(
     views: Sequence[Seen], labels: Labels, weights: Floats, settings: DualSettings, seed: int
-) -> Judged:
+) -> tuple[tuple[Dual, ...], Judged]:
     """Train a model on each view, from the same pseudo-labels, and let them judge each other.
 
     Args:
@@ -110,8 +104,10 @@ def collaborate(
         raise InputError(
             f"got {len(views)} views with logits of {shapes}: give two of the same images, or one"
         )
-    duals = [train(view, labels, weights, settings, seed + i) for i, view in enumerate(views)]
-    return judge(duals, views)
+    duals = tuple(
+        train(view, labels, weights, settings, seed + turn) for turn, view in enumerate(views)
+    )
+    return duals, judge(duals, views)
 
 
 def judge(duals: Sequence[Dual], views: Sequence[Seen]) -> Judged:
@@ -150,46 +146,6 @@ def select(judged: Judged, mass: NDArray[np.floating], *, share: float = SHARE) 
         others = np.flatnonzero(judged.agree & ~kept)
         kept[others[np.argsort(-clean[others], kind="stable")[:short]]] = True
     return _labelled(judged, kept)
-
-
-def recover(
-    judged: Judged,
-    kept: Filtered,
-    indices: NDArray[np.int64],
-    cosines: Floats,
-    *,
-    rounds: int = ROUNDS,
-) -> Filtered:
-    """Labels for further images whose neighbours with a label agree with the models.
-
-    Args:
-        judged: what the models say.
-        kept: what `select` kept.
-        indices, cosines: nearest other images `(n, k)` of each (see neighbours.py). Each that has a
-            label has a vote of the cosine's weight; negative ones have none.
-        rounds: how often; from the second on, what was recovered votes too.
-    """
-    n, k = indices.shape
-    ends = np.arange(0, n * k + 1, k)
-    graph = csr_array((np.maximum(cosines, 0).ravel(), indices.ravel(), ends), shape=(n, n))
-    labelled = kept.labels != NO_LABEL
-    for _ in range(rounds):
-        labelled = labelled | _confirmed(judged, labelled, graph)
-    return _labelled(judged, labelled)
-
-
-def _confirmed(judged: Judged, labelled: Mask, graph: csr_array) -> Mask:
-    """Where most of the labelled neighbours' votes are for the class that the models name."""
-    rows = np.flatnonzero(labelled)
-    entries = np.ones(len(rows), dtype=np.float32), (rows, judged.named[rows])
-    votes = csr_array(graph @ csr_array(entries, shape=judged.posterior.shape))
-    best, most = votes.argmax(axis=1), votes.max(axis=1).toarray()
-    return np.asarray((most.ravel() > 0) & (np.ravel(best) == judged.named))
-
-
-def everything(judged: Judged) -> Filtered:
-    """No filtering: every image has the class that the models name."""
-    return _labelled(judged, np.ones(len(judged.posterior), dtype=bool))
 
 
 def best_of_each(labels: Labels, scores: Floats, eligible: Mask, wanted: NDArray[np.int64]) -> Mask:

@@ -9,8 +9,9 @@ near.
 
 Ours: one direction serves all parts of a level, which makes the projections one product; and the
 directions are random ones times the covariance, made orthogonal, as halving along a direction in
-which nothing varies separates neighbours for nothing. On the development sets' 11,253 vectors
-together that finds 81 % of the three nearest instead of 51 %, whose mean cosine is 98 % of theirs.
+which little varies separates neighbours for nothing. Of the 8,276 training vectors of the
+development sets (see mass.py) that finds 80 % of the three nearest instead of 48 %; the cosines of
+what is found are 98 % of theirs.
 """
 
 from __future__ import annotations

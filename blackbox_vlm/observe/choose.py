@@ -263,14 +263,16 @@ def zero_shot_wins(accuracy: Mapping[str, float], log_loss: Mapping[str, float])
     return accuracy[ZERO_SHOT] > accuracy[HEADS] and log_loss[ZERO_SHOT] < log_loss[HEADS]
 
 
-def expected_gain(gains: NDArray[np.float64], expected: float = GAIN) -> float:
+def expected_gain(
+    gains: NDArray[np.float64], expected: float = GAIN, deviation: float = GAIN_DEVIATION
+) -> float:
     """The heads' gain over zero-shot in accuracy, from one per image held out: -1, 0 or 1.
 
     The posterior mean under a normal prior: ten images that were learned from five others do not
     outweigh what heads gain elsewhere, and a hundred do.
     """
     precision = len(gains) / (gains.var() + 1 / len(gains))
-    prior = GAIN_DEVIATION**-2
+    prior = deviation**-2
     return float((prior * expected + precision * gains.mean()) / (prior + precision))
 
 

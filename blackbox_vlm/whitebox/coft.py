@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from blackbox_vlm.backend import NO_LABEL
 from blackbox_vlm.errors import InputError, Interrupted
 from blackbox_vlm.images import Image
 from blackbox_vlm.prompts.templates import prompts as texts_of
@@ -41,7 +42,6 @@ from blackbox_vlm.whitebox.learner import (
 )
 from blackbox_vlm.whitebox.model import WhiteBox, side_for, text_vectors
 from blackbox_vlm.whitebox.prompts import class_prompts
-from blackbox_vlm.whitebox.selection import NO_LABEL
 from blackbox_vlm.whitebox.settings import COFT, WhiteBoxSettings
 from blackbox_vlm.whitebox.views import load_pixels
 
@@ -168,11 +168,11 @@ class _Run:
         posterior = self._believed("zero-shot", judged, [])
         for turn in range(self.settings.rounds):
             labels = self._seeds(posterior, turn)
-            judged = self._tuned(f"phase 1, round {turn + 1}", labels)
+            judged = self._after_phase_1(f"phase 1, round {turn + 1}", labels)
             posterior = self._believed(f"phase 1, round {turn + 1}", judged, labels)
         if self.settings.full_tuning:
             labels = collaborate(judged, posterior, self.known, self.settings)
-            judged = self._tuned("phase 2", labels)
+            judged = self._after_phase_2(labels)
             self._believed("phase 2", judged, labels)
         biases = tuple(self.settings.evening * scores.positive.mean(dim=0) for scores in judged)
         return WhiteBoxCoft(model, tuple(self.pair), biases, tuple(self.stages))
@@ -185,14 +185,19 @@ class _Run:
         seeds = selection.seeds(posterior, counts, share, settings.fewest_seeds)
         return [selection.with_known(seeds, self.known)] * len(self.pair)
 
-    def _tuned(self, stage: str, labels: Sequence[Tensor]) -> list[Scores]:
-        """Each model after a stage on its labels (n,), judging all images."""
-        first = stage != "phase 2"
-        tune = phase_1 if first else phase_2
-        steps = self.settings.phase_1_steps if first else self.settings.phase_2_steps
+    def _after_phase_1(self, stage: str, labels: Sequence[Tensor]) -> list[Scores]:
+        """Each model after a round on its seeds (n,), judging all images."""
+        sure = self.known != NO_LABEL
         for index, (learner, given) in enumerate(zip(self.pair, labels, strict=True), start=1):
-            tick = self._ticker(f"{stage}, model {index}", steps)
-            tune(learner, self.pixels, given, self.settings, tick)
+            tick = self._ticker(f"{stage}, model {index}", self.settings.phase_1_steps)
+            phase_1(learner, self.pixels, given, sure, self.settings, tick)
+        return [learner.judge(self.pixels) for learner in self.pair]
+
+    def _after_phase_2(self, labels: Sequence[Tensor]) -> list[Scores]:
+        """Each model after phase 2 on its filtered labels (n,), judging all images."""
+        for index, (learner, given) in enumerate(zip(self.pair, labels, strict=True), start=1):
+            tick = self._ticker(f"phase 2, model {index}", self.settings.phase_2_steps)
+            phase_2(learner, self.pixels, given, self.settings, tick)
         return [learner.judge(self.pixels) for learner in self.pair]
 
     def _believed(self, stage: str, judged: Sequence[Scores], labels: Sequence[Tensor]) -> Tensor:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from blackbox_vlm.backend import NO_LABEL
 from blackbox_vlm.coft import contrast
 from blackbox_vlm.coft.contrast import Contrast
 from blackbox_vlm.whitebox.lora import add_lora, merge_lora
 from blackbox_vlm.whitebox.losses import cleanliness, negative_loss
 from blackbox_vlm.whitebox.model import image_vectors
 from blackbox_vlm.whitebox.prompts import ClassPrompts
-from blackbox_vlm.whitebox.selection import NO_LABEL
 from blackbox_vlm.whitebox.settings import WhiteBoxSettings
 from blackbox_vlm.whitebox.views import random_views, whole_pictures
 
@@ -38,6 +38,16 @@ class Sides(NamedTuple):
 
     train: int
     judge: int
+
+
+class Schedule(NamedTuple):
+    """So many steps, at a rate that falls to zero along half a cosine."""
+
+    steps: int
+    rate: float
+
+    def rate_at(self, step: int) -> float:
+        return self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
 class Scores(NamedTuple):
@@ -117,7 +127,12 @@ def new_learner(
 
 
 def phase_1(
-    learner: Learner, pixels: Tensor, labels: Tensor, settings: WhiteBoxSettings, tick: Tick
+    learner: Learner,
+    pixels: Tensor,
+    labels: Tensor,
+    sure: Tensor,
+    settings: WhiteBoxSettings,
+    tick: Tick,
 ) -> None:
     """Tune contexts and low-rank updates on the images that have a label, then merge the updates.
 
@@ -125,6 +140,7 @@ def phase_1(
         learner: is changed.
         pixels: (n, 3, s, s).
         labels: (n,) seeds, -1 elsewhere.
+        sure: (n,) True where the label was given and no seed.
         settings: of the run.
         tick: called after every step.
     """
@@ -132,33 +148,34 @@ def phase_1(
     contexts = [c for c in (learner.positive, learner.negative) if c is not None]
     warm = round(settings.warm_up * settings.phase_1_steps)
 
-    def loss(step: int, vectors: Tensor, given: Tensor) -> Tensor:
-        return dual_loss(learner, vectors, given, settings, gated=step >= warm)
+    def loss(step: int, vectors: Tensor, given: Tensor, places: Tensor) -> Tensor:
+        trusted = sure[places].to(given.device) | (step < warm)
+        return dual_loss(learner, vectors, given, trusted, settings)
 
-    steps, rate = settings.phase_1_steps, settings.phase_1_rate
-    _train(learner, updates, contexts, pixels, labels, steps, rate, settings, loss, tick)
+    schedule = Schedule(settings.phase_1_steps, settings.phase_1_rate)
+    _train(learner, [*updates, *contexts], schedule, pixels, labels, settings, loss, tick)
     merge_lora(learner.visual)
 
 
 def phase_2(
     learner: Learner, pixels: Tensor, labels: Tensor, settings: WhiteBoxSettings, tick: Tick
 ) -> None:
-    """Tune every weight of the tower and the head on filtered labels; arguments as `phase_1`."""
+    """Tune every weight of the tower and the head on filtered labels (n,), -1 elsewhere."""
     learner.head = nn.Parameter(learner.class_vectors().detach().clone())
     learner.visual.requires_grad_(True)
-    weights = list(learner.visual.parameters())
+    weights = [*learner.visual.parameters(), learner.head]
     scale = learner.prompts.model.logit_scale
 
-    def loss(step: int, vectors: Tensor, given: Tensor) -> Tensor:
+    def loss(step: int, vectors: Tensor, given: Tensor, places: Tensor) -> Tensor:
         return F.cross_entropy(scale * vectors @ learner.class_vectors().T, given)
 
-    steps, rate = settings.phase_2_steps, settings.phase_2_rate
-    _train(learner, weights, [learner.head], pixels, labels, steps, rate, settings, loss, tick)
+    schedule = Schedule(settings.phase_2_steps, settings.phase_2_rate)
+    _train(learner, weights, schedule, pixels, labels, settings, loss, tick)
     learner.visual.requires_grad_(False)
 
 
 def dual_loss(
-    learner: Learner, vectors: Tensor, labels: Tensor, settings: WhiteBoxSettings, *, gated: bool
+    learner: Learner, vectors: Tensor, labels: Tensor, trusted: Tensor, settings: WhiteBoxSettings
 ) -> Tensor:
     """L_cls + weight * L_neg of a batch (DeFT); see `losses`.
 
@@ -166,8 +183,9 @@ def dual_loss(
         learner: whose contexts are meant.
         vectors: (b, d) of the images, with gradients.
         labels: (b,).
+        trusted: (b,) True where a label counts as clean whatever the negative prompt says. Of the
+            others, L_cls is of the clean ones only, and L_neg affirms corrected labels.
         settings: of the run.
-        gated: whether L_cls is of clean images only, and L_neg affirms corrected labels.
     """
     scale = learner.prompts.model.logit_scale
     positive = scale * vectors @ learner.class_vectors().T
@@ -177,7 +195,7 @@ def dual_loss(
     seen = vectors if settings.negative_reaches_visual else vectors.detach()
     negative = scale * seen @ learner.prompts.class_vectors(learner.negative).T
     clean = cleanliness(positive.detach(), negative.detach(), labels) > settings.clean_above
-    clean = clean if gated else torch.ones_like(clean)
+    clean = clean | trusted
     affirmed = torch.where(clean, labels, positive.argmax(dim=1))
     against = negative_loss(
         positive, negative, labels, affirmed, settings.complementary_temperature
@@ -188,34 +206,32 @@ def dual_loss(
 
 def _train(
     learner: Learner,
-    visual: Sequence[nn.Parameter],
-    rest: Sequence[nn.Parameter],
+    parameters: Sequence[nn.Parameter],
+    schedule: Schedule,
     pixels: Tensor,
     labels: Tensor,
-    steps: int,
-    rate: float,
     settings: WhiteBoxSettings,
-    loss_of: Callable[[int, Tensor, Tensor], Tensor],
+    loss_of: Callable[[int, Tensor, Tensor, Tensor], Tensor],
     tick: Tick,
 ) -> None:
-    """AdamW with a cosine to zero over batches of random views."""
+    """AdamW over batches of random views; `loss_of` a step, vectors, labels and places."""
     device = learner.prompts.model.device
-    optimizer = torch.optim.AdamW([*visual, *rest], rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, schedule.rate, weight_decay=settings.weight_decay)
     follower = _Follower(learner.visual, settings) if settings.contrast_weight else None
     batches = _batches(labels, settings.batch_size, learner.generator)
-    for step in range(steps):
+    for step in range(schedule.steps):
         chosen = next(batches)
         given, shown = labels[chosen].to(device), pixels[chosen].to(device)
         vectors = image_vectors(
             learner.visual, random_views(shown, learner.sides.train, learner.generator)
         )
-        loss = loss_of(step, vectors, given)
+        loss = loss_of(step, vectors, given, chosen)
         if follower:
             other = random_views(shown, learner.sides.train, learner.generator)
             loss = loss + settings.contrast_weight * follower.loss(vectors, other, given)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = schedule.rate_at(step)
         optimizer.step()
         tick()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NO_LABEL = -1
+from blackbox_vlm.backend import NO_LABEL
 
 
 def evened(logits: Tensor, share: float) -> Tensor:
