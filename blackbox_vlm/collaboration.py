@@ -251,7 +251,8 @@ def _judged(name: str, before: Logits, after: Logits, labels: Labels, seed: int)
     judged = np.bincount(labels)[labels] > 1
     labels, before, after = labels[judged], before[judged], after[judged]
     right, was_right = predicted(after) == labels, predicted(before) == labels
-    kept = expected_gain(right.astype(np.float64) - was_right) > 0
+    shots = len(labels) / len(np.unique(labels))
+    kept = expected_gain(right.astype(np.float64) - was_right, shots) > 0
     why = f"{100 * right.mean():.1f} % out-of-fold, {100 * was_right.mean():.1f} % without it"
     if kept and right.mean() < was_right.mean():
         why += f", which {len(labels)} images are too few to hold against it"

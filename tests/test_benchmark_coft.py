@@ -164,5 +164,6 @@ def test_the_script_measures_prints_and_goes_on(bench: Any, tmp_path: Path, data
     assert (tmp_path / "runs" / "coft.jsonl").read_text() == kept
     rows = bench.tables.Rows(bench.coft.read(tmp_path / "runs" / "coft.jsonl"))
     assert not rows.left_out
-    if all(rows.said("embeddings", "kept").values()):  # then `tune` deployed what was ablated
-        assert rows.of("embeddings", "full") == rows.of("embeddings", "coft")
+    full, deployed = (rows.of("embeddings", name) for name in ("full", "coft"))
+    assert full == deployed  # what is ablated is what `tune` deploys
+    assert rows.of("embeddings", "start") != rows.of("embeddings", "zero-shot")  # more templates

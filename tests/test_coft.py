@@ -506,16 +506,16 @@ def test_a_pool_of_few_classes_is_no_collapse() -> None:
 def test_the_expected_gain_is_a_posterior_mean() -> None:
     gains = np.array([1.0] * 10 + [-1.0] * 25 + [0.0] * 65)
     precision = 100 / (gains.var() + 0.01)
-    wanted = (0.03 / 0.08**2 + precision * -0.15) / (1 / 0.08**2 + precision)
-    assert expected_gain(gains) == pytest.approx(wanted)
+    wanted = (0.07 / 8 / 0.08**2 + precision * -0.15) / (1 / 0.08**2 + precision)
+    assert expected_gain(gains, 16.0) == pytest.approx(wanted)
     assert wanted < 0
 
 
 def test_few_images_cannot_refute_what_the_layer_gains_elsewhere() -> None:
     loss = np.array([-1.0, 0.0, 0.0, 0.0])
-    assert expected_gain(loss) > 0
-    assert expected_gain(np.tile(loss, 30)) < 0
-    assert expected_gain(np.zeros(4)) > expected_gain(np.zeros(400)) > 0
+    assert expected_gain(loss, 4.0) > 0
+    assert expected_gain(np.tile(loss, 30), 4.0) < 0
+    assert expected_gain(np.zeros(4), 4.0) > expected_gain(np.zeros(400), 4.0) > 0
 
 
 def test_tempering_takes_confidence_back_to_cleanliness() -> None:

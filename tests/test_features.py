@@ -151,3 +151,15 @@ def test_a_metric_does_not_depend_on_a_constant_of_the_background(texts: np.ndar
     answers = normal(4, 40)
     assert isinstance(a, Metric)
     np.testing.assert_allclose(apply(a, answers), apply(b, answers), rtol=1e-2, atol=1e-3)
+
+
+def test_many_images_are_worked_on_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scatter matrix, block by block, shows the same components as all images at once."""
+    answers = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32) * np.arange(1, 7)
+    answers = answers.astype(np.float32)
+    whole = fit_map(answers, View(0.5))
+    expected = features(whole, answers)
+    monkeypatch.setattr("blackbox_vlm.observe.features.MANY", 16)
+    blocks = fit_map(answers, View(0.5))
+    shown = features(blocks, answers)
+    np.testing.assert_allclose(shown @ shown.T, expected @ expected.T, atol=1e-5)

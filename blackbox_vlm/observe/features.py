@@ -24,8 +24,8 @@ from blackbox_vlm.observe.observation import Observation
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-SCORE_POWER = 0.25  # more power for every view of scores that have no metric
 RIDGE = 0.03  # of a metric, in mean variances of what the pictures show
+MANY = 16_384  # images that are worked on at a time; more are never copied as a whole
 NOISE = 1e-5  # relative deviation below which a direction is rounding
 
 
@@ -69,7 +69,11 @@ def fit_map(answers: Floats, view: View) -> FeatureMap:
 
 def features(fitted: FeatureMap, answers: Floats) -> Floats:
     """Features of answers `(n, K)`, `(n, d)` float32."""
-    return np.asarray((answers - fitted.mean) @ fitted.projection, dtype=np.float32)
+    found = np.empty((len(answers), fitted.projection.shape[1]), dtype=np.float32)
+    for start in range(0, len(answers), MANY):
+        rows = slice(start, start + MANY)
+        found[rows] = (answers[rows] - fitted.mean) @ fitted.projection
+    return found
 
 
 class Metric(NamedTuple):
@@ -132,8 +136,20 @@ def _stretch(
 def _principal(answers: Floats) -> tuple[Doubles, Doubles, Doubles]:
     """Mean `(K,)`, singular values `(d,)` that are more than rounding, directions `(d, K)`."""
     mean = answers.mean(axis=0, dtype=np.float64)
-    centred = answers - mean
-    _, deviations, directions = np.linalg.svd(centred, full_matrices=False)
+    if len(answers) > MANY:
+        deviations, directions = _of_scatter(answers, mean)
+    else:
+        _, deviations, directions = np.linalg.svd(answers - mean, full_matrices=False)
     rounding = NOISE * max(deviations[0], 1e-2 * np.abs(mean).max())
     kept = deviations > rounding
     return mean, deviations[kept], directions[kept]
+
+
+def _of_scatter(answers: Floats, mean: Doubles) -> tuple[Doubles, Doubles]:
+    """The same from the scatter matrix, in memory that the number of images does not change."""
+    scatter = np.zeros((answers.shape[1],) * 2)
+    for start in range(0, len(answers), MANY):
+        centred = answers[start : start + MANY] - mean
+        scatter += centred.T @ centred
+    values, vectors = np.linalg.eigh(scatter)
+    return np.sqrt(np.maximum(values[::-1], 0)), vectors.T[::-1]
