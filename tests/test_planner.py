@@ -226,7 +226,7 @@ def test_a_method_is_what_it_says(access: Access, method: Method) -> None:
         with pytest.raises(InputError, match="takes soft prompts"):
             plan_of(access, method=method.value)
         return
-    if method is Method.COFT:
+    if method in (Method.COFT, Method.COFT_PLUS):
         with pytest.raises(InputError, match="images without labels, and there are none"):
             plan_of(access, method=method.value)
         return
