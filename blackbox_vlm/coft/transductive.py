@@ -59,6 +59,7 @@ ALPHA = 10.0  # of StatA, in images
 FIRST = 8  # images that a first mean is of, as in TransCLIP
 ROUNDS, STEPS = 10, 5  # of means and covariance, and of (1) in each, as in TransCLIP
 FLOOR = 1e-3  # of a feature's variance, in mean variances
+BLOCK = 4_096  # images that are worked on at a time
 
 
 class Settings(NamedTuple):
@@ -220,18 +221,26 @@ def _likeliest(task: _Task) -> Gaussians:
 def _expect(task: _Task, gaussians: Gaussians, posterior: Floats) -> Floats:
     """(1), a few times."""
     weight, bias = _discriminants(gaussians, task.tau)
-    own = task.features @ as_float32(weight) + as_float32(bias) + task.prior
+    own = task.features @ as_float32(weight)
+    own += as_float32(bias)
+    own += task.prior
     for _ in range(STEPS):
-        posterior = _soft(own + np.float32(task.weight) * (task.graph @ posterior), task)
+        posterior = _soft(own, task, posterior)
     return posterior
 
 
-def _soft(logits: Floats, task: _Task) -> Floats:
-    """Their softmax, or the label where it is known."""
-    posterior: Floats = softmax(logits, axis=1)
-    posterior[task.known] = 0
-    posterior[task.known, task.labels] = 1
-    return posterior
+def _soft(own: Floats, task: _Task, posterior: Floats | None = None) -> Floats:
+    """Softmax of what is said of each image alone, and by its neighbours, if their z is given."""
+    found = np.empty_like(own)
+    for start in range(0, len(own), BLOCK):
+        rows = slice(start, start + BLOCK)
+        said = own[rows]
+        if posterior is not None:
+            said = said + np.float32(task.weight) * (task.graph[rows] @ posterior)
+        found[rows] = softmax(said, axis=1)
+    found[task.known] = 0
+    found[task.known, task.labels] = 1
+    return found
 
 
 def _variances(features: Floats, posterior: Floats, means: Doubles) -> Doubles:
